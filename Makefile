@@ -1,0 +1,45 @@
+# make demo | test | check | bench | clean. Needs Python 3.11 or newer, nothing else: everything goes into .venv.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# Without compiling what most runs never import, an installation takes half the time.
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
+
+.PHONY: demo test check bench clean
+
+demo: $(VENV)/.demo
+	$(BIN)/aionpredis demo
+
+test: $(VENV)/.develop
+	$(BIN)/python -m pytest
+
+check: $(VENV)/.develop
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(VENV)/.bench
+	$(BIN)/python -m bench
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV)/.made:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Python 3.11 or newer is needed: make PYTHON=python3.12 …"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.demo: $(VENV)/.made pyproject.toml
+	$(INSTALL) --editable '.[demo]'
+	@touch $@
+
+$(VENV)/.develop: $(VENV)/.made pyproject.toml
+	$(INSTALL) --editable '.[test,demo]'
+	@touch $@ $(VENV)/.demo
+
+$(VENV)/.bench: $(VENV)/.made pyproject.toml
+	$(INSTALL) --editable '.[bench]'
+	@touch $@

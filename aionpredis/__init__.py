@@ -1,0 +1,86 @@
+"""NumPy arrays between async Python programs through Redis or Valkey, at the speed of the socket.
+
+::
+
+    async with aionpredis.connect("unix:///run/redis.sock") as client:
+        await client.set("weights", array)
+        array = await client.get("weights")
+"""
+
+from aionpredis.client import Client, connect
+from aionpredis.codecs import Codec, Lz4, register
+from aionpredis.errors import (
+    AionpredisError,
+    AuthenticationError,
+    ConnectError,
+    ConnectionLost,
+    CorruptValue,
+    DecodeError,
+    EncodeError,
+    NotAnArray,
+    OutcomeUnknown,
+    OutMismatch,
+    ProtocolError,
+    ReplayError,
+    ReplayGone,
+    RunConflict,
+    RunEnded,
+    SchemaMismatch,
+    ServerError,
+    ServerFull,
+    Stalled,
+    UsageError,
+    WriteFailed,
+    WrongKind,
+)
+from aionpredis.loader import Loader
+from aionpredis.loop import run
+from aionpredis.policy import Policy, PolicyVersion
+from aionpredis.replay import Actor, ActorStats, Batches, ReadStats, Replay, Run, Schema
+from aionpredis.server import Server
+from aionpredis.writer import Writer
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Actor",
+    "ActorStats",
+    "AionpredisError",
+    "AuthenticationError",
+    "Batches",
+    "Client",
+    "Codec",
+    "ConnectError",
+    "ConnectionLost",
+    "CorruptValue",
+    "DecodeError",
+    "EncodeError",
+    "Loader",
+    "Lz4",
+    "NotAnArray",
+    "OutMismatch",
+    "OutcomeUnknown",
+    "Policy",
+    "PolicyVersion",
+    "ProtocolError",
+    "ReadStats",
+    "Replay",
+    "ReplayError",
+    "ReplayGone",
+    "Run",
+    "RunConflict",
+    "RunEnded",
+    "Schema",
+    "SchemaMismatch",
+    "Server",
+    "ServerError",
+    "ServerFull",
+    "Stalled",
+    "UsageError",
+    "WriteFailed",
+    "Writer",
+    "WrongKind",
+    "connect",
+    "register",
+    "run",
+]

@@ -1,0 +1,488 @@
+"""Arrays and records by key."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from functools import partial
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import anyio
+import anyio.to_thread
+import numpy as np
+from numpy.typing import NDArray
+
+from aionpredis import codecs
+from aionpredis.codecs import Codec
+from aionpredis.commands import check_shared
+from aionpredis.errors import ConnectionLost, OutcomeUnknown, OutMismatch, ServerError, Stalled, UsageError
+from aionpredis.formats import npy
+from aionpredis.pipeline import ATTEMPTS, BACKOFF, Pipeline
+from aionpredis.requests import (
+    IN_THREAD,
+    MAX_VALUE,
+    Key,
+    ValueReply,
+    encode_array,
+    encode_record,
+    key_bytes,
+    ok_reply,
+    row_views,
+    rows_reply,
+    set_command,
+    ttl_options,
+)
+from aionpredis.wire import resp
+from aionpredis.wire.connection import Connection
+from aionpredis.wire.dial import Dialer
+from aionpredis.wire.resp import Buffer, Reply
+from aionpredis.wire.topology import OneServer
+
+if TYPE_CHECKING:
+    from aionpredis.policy import Policy
+    from aionpredis.replay import Replay, Schema
+    from aionpredis.server import Server
+    from aionpredis.writer import Writer
+
+__all__ = ["Client", "connect"]
+
+T = TypeVar("T")
+
+SLICE = 200_000
+"""Bytes of values asked for by one MGET: 16 arrays of 12.8 kB. One large MGET reaches 0.78 of the C client, slices 0.97."""
+
+MAX_SLICE_KEYS = 256
+"""Keys in one MGET, however small the values are."""
+
+
+class Client:
+    """A connection to one server, to be used with ``async with``; made by :func:`connect`.
+
+    Any number of tasks of one event loop may use it at once: their requests share one connection and overlap.
+    Cancelling a call is always safe: nothing is written into ``out=`` afterwards, and no other caller is disturbed.
+    """
+
+    def __init__(
+        self,
+        url: str | None,
+        *,
+        codec: str | Codec | None,
+        timeout: float,
+        connect_timeout: float,
+        max_value_bytes: int,
+        options: Mapping[str, Any],
+    ) -> None:
+        self.codec = codecs.resolve(codec)
+        self._settings: dict[str, Any] = {
+            "timeout": timeout,
+            "connect_timeout": connect_timeout,
+            "max_bulk": max_value_bytes,
+            **options,
+        }
+        self._max_value_bytes = max_value_bytes
+        url = url if url is not None else os.environ.get("REDIS_URL")
+        # An URL's mistakes show at once, not when it is first used.
+        self._dialer = None if url is None else Dialer(url, **self._settings)
+        self._embedded: Server | None = None
+        self._topology: OneServer | None = None
+        self._spare: list[Connection] = []
+
+    @property
+    def url(self) -> str:
+        """Where the server is, without user and password."""
+        return "the embedded server" if self._dialer is None else self._dialer.url
+
+    def __repr__(self) -> str:
+        return f"<aionpredis.Client {self.url} {'open' if self._topology else 'closed'}>"
+
+    async def __aenter__(self) -> Client:
+        if self._topology is not None:
+            raise UsageError("this client is open already")
+        try:
+            if self._dialer is None:
+                from aionpredis.server import Server
+
+                self._embedded = Server()
+                await anyio.to_thread.run_sync(self._embedded.start)
+                self._dialer = Dialer(self._embedded.url, **self._settings)
+            topology = OneServer(self._dialer)
+            await topology.connection()
+        except BaseException:
+            await self._stop_embedded()
+            raise
+        self._topology = topology
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        topology, self._topology = self._topology, None
+        if topology is not None:
+            topology.close()
+        while self._spare:
+            self._spare.pop().close()
+        await self._stop_embedded()
+
+    async def _stop_embedded(self) -> None:
+        server, self._embedded = self._embedded, None
+        if server is not None:
+            self._dialer = None
+            with anyio.CancelScope(shield=True):
+                await anyio.to_thread.run_sync(server.stop)
+
+    # --- arrays ------------------------------------------------------------------------------------------------------
+
+    async def set(self, key: Key, array: object, *, ttl: float | None = None, codec: str | Codec | None = None) -> None:
+        """Store an array (command ``SET``) as an ``.npy`` file.
+
+        ``array``: a NumPy array of any shape and strides, a NumPy scalar, or an object with ``__array__`` (a CPU tensor).
+        Contiguous memory is sent as it is, without a copy: do not write to it before this returns.
+        ``ttl``: seconds to live, ``None`` for ever. ``codec``: instead of the client's (``"raw"``, ``"lz4"``).
+
+        Raises:
+            EncodeError: the value cannot be stored (object dtype, masked, not an array, over 512 MiB); nothing was sent.
+            ServerError: the server refused it.
+            ConnectionLost: the server could not be reached again. Storing the same value twice is harmless, so this
+                was tried up to four times.
+        """
+        name = key_bytes(key)
+        options = ttl_options(ttl)
+        value = await self.encode_value(encode_array, array, codec, key)
+        await self.send(set_command(name, value, options))
+
+    async def get(self, key: Key, *, out: NDArray[Any] | None = None) -> NDArray[Any] | None:
+        """Load an array (command ``GET``); ``None`` if there is no such key.
+
+        The array is writable, 64-byte aligned, and its memory is nobody else's. With ``out=``, an array of the same dtype
+        and shape, the bytes are received straight into it and it is returned; its contents are undefined after an error.
+
+        Raises:
+            NotAnArray, WrongKind, CorruptValue: the stored value is something else.
+            OutMismatch: its dtype or shape is not that of ``out``.
+            ServerError: the server refused (``WRONGTYPE``: the key holds a list, a hash, …).
+        """
+        if out is not None:
+            if not isinstance(out, np.ndarray):
+                raise UsageError(f"out= is a NumPy array, not {type(out).__name__}")
+            return out if (await self.mget([key], out=out[np.newaxis]))[0] else None
+        value = await self.get_value(key)
+        return None if value is None else await self._open(codecs.open_array, value, key)
+
+    async def mset(
+        self, items: Mapping[Key, object], *, ttl: float | None = None, codec: str | Codec | None = None
+    ) -> None:
+        """Store many arrays, pipelined; not atomic. The arrays must not be written to before this returns.
+
+        Raises:
+            EncodeError: one of them cannot be stored. Those before it may have been.
+            WriteFailed: those that the server did not take, with their keys.
+        """
+        async with self.writer(copy=False, codec=codec) as writer:
+            for key, array in items.items():
+                await writer.put(key, array, ttl=ttl)
+
+    async def mget(self, keys: Iterable[Key], *, out: NDArray[Any] | None = None) -> Any:
+        """Load many arrays (``MGET``, in slices that are in flight together).
+
+        Without ``out``: a list of arrays, ``None`` for each missing key.
+
+        With ``out``, shape ``(len(keys), *shape)``: array *i* is received straight into ``out[i]``. Returns a ``bool``
+        array, shape ``(len(keys),)``: ``False`` where the key is missing and the row was left as it was.
+
+        Raises:
+            OutMismatch: a stored array's dtype or shape is not that of the rows; it names the key.
+            NotAnArray, WrongKind, CorruptValue, ServerError: as for :meth:`get`.
+        """
+        names = [(key, key_bytes(key)) for key in keys]
+        if out is not None:
+            return await self._mget_into(names, out)
+        arrays: list[NDArray[Any] | None] = []
+        pipeline: Pipeline[None] = Pipeline(self)
+        asked, size = 0, SLICE  # until something is known about the sizes, one key a slice
+        try:
+            while asked < len(names) or len(pipeline):
+                while asked < len(names) and not pipeline.full:
+                    chosen = [name for _, name in names[asked : asked + max(1, min(MAX_SLICE_KEYS, SLICE // size))]]
+                    command = resp.encode("MGET", *chosen)
+                    pipeline.put(partial(_with, command, ValueReply), size * len(chosen), None)
+                    asked += len(chosen)
+                reply, _ = await pipeline.next()
+                values = _raise(reply.result(), "MGET")
+                size = max([1 if size == SLICE else size, *(len(value) for value in values if value is not None)])
+                for value in values:
+                    key = names[len(arrays)][0]
+                    arrays.append(None if value is None else await self._open(codecs.open_array, value, key))
+        finally:
+            pipeline.abandon()
+        return arrays
+
+    async def _mget_into(self, names: list[tuple[Key, bytes]], out: NDArray[Any]) -> NDArray[np.bool_]:
+        if not isinstance(out, np.ndarray) or out.ndim < 1 or len(out) != len(names):
+            shape = getattr(out, "shape", type(out).__name__)
+            raise UsageError(f"out= has one row for each key, shape ({len(names)}, …), not {shape}")
+        found = np.ones(len(names), np.bool_)
+        if not names:
+            return found
+        rows = row_views(out)
+        header = npy.header_bytes(out.dtype, out.shape[1:])
+        size = len(header) + len(rows[0])
+        step = max(1, min(MAX_SLICE_KEYS, SLICE // size))
+        pipeline: Pipeline[int] = Pipeline(self)
+        asked = 0
+        try:
+            while asked < len(names) or len(pipeline):
+                while asked < len(names) and not pipeline.full:
+                    part = slice(asked, asked + step)
+                    command = resp.encode("MGET", *[name for _, name in names[part]])
+                    reply_to = partial(rows_reply, header, rows[part])
+                    pipeline.put(partial(_with, command, reply_to), step * size, asked)
+                    asked += step
+                reply, start = await pipeline.next()
+                if not reply.matched:
+                    values = _raise(reply.result(), "MGET")
+                    await self._place(names[start : start + step], values, out[start:], found[start:])
+        finally:
+            pipeline.abandon()
+        return found
+
+    async def _place(
+        self, names: list[tuple[Key, bytes]], values: list[Any], out: NDArray[Any], found: NDArray[np.bool_]
+    ) -> None:
+        """Put values that were not as predicted into their rows: missing, compressed, or in another order of axes."""
+        for index, ((key, _), value) in enumerate(zip(names, values, strict=True)):
+            if value is None:
+                found[index] = False
+                continue
+            array = await self._open(codecs.open_array, value, key)
+            if array.dtype != out.dtype or array.shape != out.shape[1:]:
+                raise OutMismatch(
+                    f"stored is {array.dtype} {array.shape}, out= takes {out.dtype} {out.shape[1:]}", key=key
+                )
+            out[index] = array
+
+    # --- records -----------------------------------------------------------------------------------------------------
+
+    async def set_record(
+        self, key: Key, record: Mapping[str, object], *, ttl: float | None = None, codec: str | Codec | None = None
+    ) -> None:
+        """Store a record, a dict of arrays, as a ``.safetensors`` file. Otherwise like :meth:`set`.
+
+        Raises:
+            EncodeError: names the column whose dtype such a file cannot hold.
+        """
+        name = key_bytes(key)
+        options = ttl_options(ttl)
+        value = await self.encode_value(encode_record, record, codec, key)
+        await self.send(set_command(name, value, options))
+
+    async def get_record(self, key: Key) -> dict[str, NDArray[Any]] | None:
+        """Load a record; ``None`` if there is no such key. Its arrays share one block of memory that is nobody else's.
+
+        Raises:
+            NotAnArray, WrongKind, CorruptValue, ServerError: as for :meth:`get`.
+        """
+        value = await self.get_value(key)
+        return None if value is None else await self._open(codecs.open_record, value, key)
+
+    # --- keys and everything else --------------------------------------------------------------------------------------
+
+    async def delete(self, *keys: Key) -> int:
+        """Delete keys (``UNLINK``: their memory is freed in the background); how many of them existed.
+
+        Raises:
+            OutcomeUnknown: the connection broke meanwhile. The keys may be gone.
+        """
+        return int(await self._keys_command("UNLINK", keys))
+
+    async def exists(self, *keys: Key) -> int:
+        """How many of the keys exist (``EXISTS``)."""
+        return int(await self._keys_command("EXISTS", keys, repeatable=True))
+
+    async def _keys_command(self, command: str, keys: tuple[Key, ...], *, repeatable: bool = False) -> Any:
+        names = [key_bytes(key) for key in keys]
+        return await self.call(command, *names, repeatable=repeatable) if names else 0
+
+    async def execute(self, *arguments: str | bytes | int | float | Buffer) -> Any:
+        """Any other command, its arguments one by one: ``await client.execute("INCRBY", "steps", 64)``.
+
+        Returns the reply as RESP2 has it: ``bytes``, ``int``, ``None``, or a list of them.
+
+        Raises:
+            UsageError: the command would change, or block, the connection that other tasks share.
+            ServerError: the server answered with an error.
+            OutcomeUnknown: the connection broke after the command was sent. It is not repeated.
+        """
+        check_shared(arguments)
+        return await self.call(*arguments)
+
+    async def send(self, command: Sequence[Buffer]) -> None:
+        """An encoded SET."""
+        reply = await self._request(lambda: (command, ok_reply()))
+        if not reply.matched:
+            _raise(reply.values[0], "SET")
+
+    async def call(self, *arguments: Any, repeatable: bool = False) -> Any:
+        """:meth:`execute` unchecked; ``repeatable``: running it twice is harmless, so it survives a broken connection."""
+        reply = await self._request(lambda: (resp.encode(*arguments), Reply()), repeatable=repeatable)
+        return _raise(reply.values[0], arguments[0])
+
+    async def call_many(self, commands: Sequence[Sequence[Any]], *, repeatable: bool = False) -> list[Any]:
+        """Several commands in one pipeline; their replies in order, :class:`ServerError` instances among them."""
+        if not commands:
+            return []
+        buffers = [buffer for command in commands for buffer in resp.encode(*command)]
+        reply = await self._request(lambda: (buffers, Reply(len(commands))), repeatable=repeatable)
+        return reply.values
+
+    # --- larger things -------------------------------------------------------------------------------------------------
+
+    def writer(
+        self,
+        *,
+        max_inflight: int = 64 << 20,
+        copy: bool = True,
+        ttl: float | None = None,
+        codec: str | Codec | None = None,
+    ) -> Writer:
+        """A batching writer with backpressure: see :class:`aionpredis.Writer`."""
+        from aionpredis.writer import Writer
+
+        return Writer(self, max_inflight=max_inflight, copy=copy, ttl=ttl, codec=codec)
+
+    def replay(self, name: str, schema: Schema, **options: Any) -> Replay:
+        """A replay: transitions from many actors for one or more learners. See :class:`aionpredis.Replay`."""
+        from aionpredis.replay import Replay
+
+        return Replay(self, name, schema, **options)
+
+    def policy(self, name: str, **options: Any) -> Policy:
+        """Published versions of a policy's weights. See :class:`aionpredis.Policy`."""
+        from aionpredis.policy import Policy
+
+        return Policy(self, name, **options)
+
+    # --- how it is done --------------------------------------------------------------------------------------------------
+
+    async def connection(self) -> Connection:
+        """The shared data connection, for the modules built on the client."""
+        if self._topology is None:
+            raise UsageError("the client is not open: use it inside of `async with aionpredis.connect(…) as client:`")
+        return await self._topology.connection()
+
+    @property
+    def block_seconds(self) -> float:
+        """How long a command may block: well below the time after which a silent connection counts as lost."""
+        return min(5.0, float(self._settings["timeout"]) / 2)
+
+    @asynccontextmanager
+    async def blocking(self) -> AsyncIterator[Connection]:
+        """A connection of one's own, for a command that blocks or spans several requests; kept for the next if still good."""
+        if self._dialer is None or self._topology is None:
+            raise UsageError("the client is not open")
+        connection = self._spare.pop() if self._spare else await self._dialer.dial()
+        good = False
+        try:
+            yield connection
+            good = True
+        finally:
+            if good and self._topology is not None and connection.lost is None:
+                self._spare.append(connection)
+            else:
+                connection.close()
+
+    async def _request(self, make: Callable[[], tuple[Sequence[Buffer], Reply]], *, repeatable: bool = True) -> Reply:
+        """Send what ``make`` makes and wait for its reply; again, after a broken connection, if that is harmless."""
+        attempt = 0
+        while True:
+            connection = await self.connection()
+            buffers, reply = make()
+            try:
+                await connection.wait(connection.submit(buffers, reply))
+            except ConnectionLost as error:
+                attempt += 1
+                if not repeatable:
+                    if not reply.sent:
+                        if attempt < ATTEMPTS:
+                            continue
+                        raise
+                    raise OutcomeUnknown(f"{error}; the command was sent, whether it ran is not known") from error
+                if attempt >= ATTEMPTS or isinstance(error, Stalled):
+                    raise
+                await anyio.sleep(BACKOFF.compute(attempt))
+            else:
+                return reply
+
+    async def get_value(self, key: Key) -> NDArray[np.uint8] | None:
+        """The bytes stored under a key, in aligned memory."""
+        command = resp.encode("GET", key_bytes(key))
+        reply = await self._request(lambda: (command, ValueReply()))
+        value: NDArray[np.uint8] | None = _raise(reply.values[0], "GET", key)
+        return value
+
+    async def encode_value(
+        self, encoder: Callable[[Any, Codec | None, Key], list[Buffer]], value: Any, codec: str | Codec | None, key: Key
+    ) -> list[Buffer]:
+        """A value's bytes, by ``encode_array`` or ``encode_record``; in a worker thread if a codec has much to do."""
+        chosen = self.codec if codec is None else codecs.resolve(codec)
+        if chosen is None or _nbytes(value) < IN_THREAD:
+            return encoder(value, chosen, key)
+        return await anyio.to_thread.run_sync(encoder, value, chosen, key)
+
+    async def _open(self, decoder: Callable[..., T], value: NDArray[np.uint8], key: Key) -> T:
+        view = value.data
+        if len(view) < IN_THREAD or not codecs.compressed(view):
+            return decoder(view, max_bytes=self._max_value_bytes, key=key)
+        return await anyio.to_thread.run_sync(lambda: decoder(view, max_bytes=self._max_value_bytes, key=key))
+
+
+def _with(command: Sequence[Buffer], reply: Callable[[], Reply]) -> tuple[Sequence[Buffer], Reply]:
+    return command, reply()
+
+
+def _nbytes(value: Any) -> int:
+    if isinstance(value, Mapping):
+        return sum(getattr(array, "nbytes", 0) for array in value.values())
+    return int(getattr(value, "nbytes", 0))
+
+
+def _raise(value: Any, command: Any, key: Key | None = None) -> Any:
+    if isinstance(value, ServerError):
+        value.command = command if isinstance(command, str) else bytes(command).decode("utf-8", "replace")
+        raise value
+    return value
+
+
+def connect(
+    url: str | None = None,
+    *,
+    codec: str | Codec | None = None,
+    timeout: float = 30.0,
+    connect_timeout: float = 10.0,
+    max_value_bytes: int = MAX_VALUE,
+    **options: Any,
+) -> Client:
+    """A client, to be opened with ``async with aionpredis.connect(url) as client:``.
+
+    ``url``: ``redis://[user:password@]host[:port][/db]``, ``rediss://…`` (TLS, verified), ``unix:///path[?db=0]``.
+    Without one: the environment's ``REDIS_URL``, else an embedded server that lives as long as the client
+    (``pip install "aionpredis[server]"``).
+    ``codec``: how values are stored unless a call says otherwise: ``None`` or ``"raw"``, ``"lz4"``, or a registered one.
+    ``timeout``: seconds **without progress** after which a connection is given up; a long transfer may take longer.
+    ``connect_timeout``: seconds for connecting, with TLS and AUTH. ``max_value_bytes``: the longest value accepted,
+    and the longest that a compressed one may become. ``options``: for redis-py's connection (``credential_provider``,
+    ``ssl_ca_certs``, ``client_name``, …).
+
+    Raises:
+        UsageError: the URL or an option is wrong.
+        ConnectError, AuthenticationError: on opening.
+    """
+    return Client(
+        url,
+        codec=codec,
+        timeout=timeout,
+        connect_timeout=connect_timeout,
+        max_value_bytes=max_value_bytes,
+        options=options,
+    )

@@ -1,0 +1,73 @@
+"""Commands that have no place on a connection that many tasks share, each with the reason."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from aionpredis.errors import UsageError
+
+__all__ = ["check_shared"]
+
+_STATE = "it would change the connection that all tasks of this client share"
+_PUSH = "the replies that it starts would be taken for those of other tasks"
+_BLOCK = "it would block the connection that all tasks of this client share; redis-py's own client can do it"
+
+_REFUSED = {
+    "SELECT": f"{_STATE}: name the database in the URL",
+    "AUTH": f"{_STATE}: name user and password in the URL",
+    "HELLO": f"{_STATE}: this client speaks RESP2",
+    "RESET": _STATE,
+    "QUIT": f"{_STATE}: leave the client's `async with` block",
+    "ASKING": _STATE,
+    "READONLY": _STATE,
+    "READWRITE": _STATE,
+    "MULTI": f"{_STATE}: commands of other tasks would get into the transaction",
+    "EXEC": _STATE,
+    "DISCARD": _STATE,
+    "WATCH": f"{_STATE}: it would fail the transactions of others",
+    "UNWATCH": _STATE,
+    "CLIENT REPLY": _PUSH,
+    "CLIENT TRACKING": _PUSH,
+    "CLIENT NO-TOUCH": _STATE,
+    "SUBSCRIBE": _PUSH,
+    "PSUBSCRIBE": _PUSH,
+    "SSUBSCRIBE": _PUSH,
+    "UNSUBSCRIBE": _PUSH,
+    "PUNSUBSCRIBE": _PUSH,
+    "SUNSUBSCRIBE": _PUSH,
+    "MONITOR": _PUSH,
+    "SYNC": _PUSH,
+    "PSYNC": _PUSH,
+    **dict.fromkeys(
+        ("BLPOP", "BRPOP", "BLMOVE", "BRPOPLPUSH", "BLMPOP", "BZPOPMIN", "BZPOPMAX", "BZMPOP", "WAIT", "WAITAOF"),
+        _BLOCK,
+    ),
+}
+
+
+def check_shared(arguments: Sequence[Any]) -> None:
+    """Refuse a command that would change or block a shared connection.
+
+    Raises:
+        UsageError: it says why, and what to do instead.
+    """
+    if not arguments or not isinstance(arguments[0], str | bytes):
+        raise UsageError("execute() takes a command's name and its arguments, one by one")
+    words = [_word(argument) for argument in arguments[:2]]
+    name = words[0]
+    if not name or " " in name:
+        raise UsageError(f"{name!r} is not a command's name: give the arguments one by one, execute('GET', 'key')")
+    reason = _REFUSED.get(name) or _REFUSED.get(" ".join(words))
+    if reason is None and name in ("XREAD", "XREADGROUP"):
+        options = (_word(argument) for argument in arguments[1:])
+        if any(option == "BLOCK" for option in iter(lambda: next(options, "STREAMS"), "STREAMS")):
+            reason = _BLOCK
+    if reason is not None:
+        raise UsageError(f"{name} is refused: {reason}")
+
+
+def _word(argument: Any) -> str:
+    if isinstance(argument, bytes):
+        return argument.decode("latin-1").upper()
+    return argument.upper() if isinstance(argument, str) else ""

@@ -1,0 +1,181 @@
+"""Everything that this package raises on purpose.
+
+::
+
+    AionpredisError
+    ├── UsageError             an argument, option or URL is wrong              (also a ValueError)
+    ├── EncodeError            this value cannot be stored                      (also a TypeError)
+    ├── DecodeError            the stored value cannot be handed out            (also a ValueError)
+    │   ├── NotAnArray         neither .npy, .safetensors nor a registered codec
+    │   ├── WrongKind          a record where an array was asked for, or the reverse
+    │   ├── CorruptValue       a known format whose bytes contradict themselves
+    │   └── OutMismatch        the array does not fit the caller's ``out=``
+    ├── ConnectError           no connection could be made                      (also a ConnectionError)
+    │   └── AuthenticationError
+    ├── ConnectionLost         an established connection broke                  (also a ConnectionError)
+    │   ├── Stalled            no byte moved for ``timeout`` seconds            (also a TimeoutError)
+    │   ├── ProtocolError      the peer does not speak RESP2
+    │   └── OutcomeUnknown     the command was sent; whether it ran is not known
+    ├── ServerError            the server answered with an error
+    │   └── ServerFull         … because its ``maxmemory`` is reached (OOM)
+    ├── WriteFailed            a writer's items that were not stored, with their keys
+    └── ReplayError
+        ├── RunEnded           a newer run has begun: fetch its policy and go on
+        ├── RunConflict        another trainer began this run
+        ├── ReplayGone         the replay's log does not exist (any more)
+        └── SchemaMismatch     the run was begun with other columns
+
+Facts are attributes (``key``, ``run``, …), so that a program need not parse a message.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+__all__ = [
+    "AionpredisError",
+    "AuthenticationError",
+    "ConnectError",
+    "ConnectionLost",
+    "CorruptValue",
+    "DecodeError",
+    "EncodeError",
+    "NotAnArray",
+    "OutMismatch",
+    "OutcomeUnknown",
+    "ProtocolError",
+    "ReplayError",
+    "ReplayGone",
+    "RunConflict",
+    "RunEnded",
+    "SchemaMismatch",
+    "ServerError",
+    "ServerFull",
+    "Stalled",
+    "UsageError",
+    "WriteFailed",
+    "WrongKind",
+]
+
+
+class AionpredisError(Exception):
+    """Root of this package's exceptions."""
+
+
+class UsageError(AionpredisError, ValueError):
+    """An argument, an option or a URL is wrong; nothing was sent."""
+
+
+class KeyedError(AionpredisError):
+    """An error about one stored value. ``key``: its name on the server, where known."""
+
+    def __init__(self, message: str, *, key: str | bytes | None = None) -> None:
+        super().__init__(message)
+        self.key = key
+
+    def __str__(self) -> str:
+        message = super().__str__()
+        return message if self.key is None else f"{message} [key {self.key!r}]"
+
+
+class EncodeError(KeyedError, TypeError):
+    """The value cannot be stored; nothing was sent."""
+
+
+class DecodeError(KeyedError, ValueError):
+    """The stored value cannot be handed out."""
+
+
+class NotAnArray(DecodeError):
+    """The value is neither ``.npy``, ``.safetensors`` nor the output of a registered codec."""
+
+
+class WrongKind(DecodeError):
+    """An array was asked for and a record is stored, or the reverse."""
+
+
+class CorruptValue(DecodeError):
+    """The value begins like a known format, but its bytes contradict themselves."""
+
+
+class OutMismatch(DecodeError):
+    """The stored array has another dtype, shape or order than ``out=``; the contents of ``out`` are undefined."""
+
+
+class ConnectError(AionpredisError, ConnectionError):
+    """No connection could be made."""
+
+
+class AuthenticationError(ConnectError):
+    """The server refused user name, password or rights at connecting."""
+
+
+class ConnectionLost(AionpredisError, ConnectionError):
+    """An established connection broke."""
+
+
+class Stalled(ConnectionLost, TimeoutError):
+    """Something was outstanding, and no byte moved in either direction for ``timeout`` seconds."""
+
+
+class ProtocolError(ConnectionLost):
+    """The peer sent bytes that are not RESP2. The connection was closed."""
+
+
+class OutcomeUnknown(ConnectionLost):
+    """The connection broke after the command was sent, at least in part: it may or may not have run."""
+
+
+class ServerError(AionpredisError):
+    """The server answered with an error.
+
+    ``code``: its first word (``WRONGTYPE``, ``NOAUTH``, …); ``command``: the name of the command.
+    """
+
+    def __init__(self, message: str, *, command: str | None = None) -> None:
+        super().__init__(message)
+        self.code = message.partition(" ")[0]
+        self.command = command
+
+    def __str__(self) -> str:
+        message = super().__str__()
+        return message if self.command is None else f"{message} [{self.command}]"
+
+
+class ServerFull(ServerError):
+    """The server's ``maxmemory`` is reached, and its policy does not let it free anything (OOM)."""
+
+
+class WriteFailed(AionpredisError):
+    """Items that a writer accepted and could not store. ``failures``: ``(key, exception)`` pairs."""
+
+    def __init__(self, failures: Sequence[tuple[str | bytes, Exception]]) -> None:
+        self.failures = list(failures)
+        keys = ", ".join(repr(key) for key, _ in self.failures[:3])
+        more = f" and {len(self.failures) - 3} more" if len(self.failures) > 3 else ""
+        super().__init__(f"{len(self.failures)} not stored: {keys}{more}; the first: {self.failures[0][1]}")
+
+
+class ReplayError(AionpredisError):
+    """An error about one replay. ``replay``: its name; ``run``: the run's number, where one is meant."""
+
+    def __init__(self, message: str, *, replay: str, run: int | None = None) -> None:
+        super().__init__(message)
+        self.replay = replay
+        self.run = run
+
+
+class RunEnded(ReplayError):
+    """A newer run has begun, so the server refuses what belongs to this one."""
+
+
+class RunConflict(ReplayError):
+    """Another trainer began a run at the same moment and won."""
+
+
+class ReplayGone(ReplayError):
+    """The replay's log does not exist: it was deleted, or no trainer has begun a run."""
+
+
+class SchemaMismatch(ReplayError):
+    """The run was begun with other columns than this process declares."""

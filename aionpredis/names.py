@@ -1,0 +1,22 @@
+"""Names that become parts of keys."""
+
+from __future__ import annotations
+
+import re
+
+from aionpredis.errors import UsageError
+
+__all__ = ["check_name"]
+
+_NAME = re.compile(r"[A-Za-z0-9_.-]{1,128}")
+
+
+def check_name(name: object) -> str:
+    """The name, if it can stand in a key: no colon (it separates), no brace (it would choose the cluster's slot).
+
+    Raises:
+        UsageError: it is something else.
+    """
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise UsageError(f"a name has 1 to 128 of A-Z a-z 0-9 _ . -, not {name!r:.150}")
+    return name

@@ -1,0 +1,108 @@
+"""Repeatable requests in flight together, answered in order."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Generic, TypeVar
+
+import anyio
+from redis.backoff import FullJitterBackoff
+
+from aionpredis.errors import ConnectionLost, Stalled
+from aionpredis.wire.resp import Buffer, Reply
+
+if TYPE_CHECKING:
+    from aionpredis.client import Client
+    from aionpredis.wire.connection import Connection
+
+__all__ = ["ATTEMPTS", "BACKOFF", "REPLY_WINDOW", "Pipeline"]
+
+T = TypeVar("T")
+
+REPLY_WINDOW = 4 << 20
+"""Bytes of replies that one caller has asked for and not received. With an output-buffer limit the server cuts a connection
+that asks for too much; and this is what the socket's buffers hold."""
+
+ATTEMPTS = 4
+"""How often a request that may be repeated is sent before its error is raised."""
+
+BACKOFF = FullJitterBackoff(cap=1.0, base=0.05)
+"""Seconds between the attempts."""
+
+
+class _Entry(Generic[T]):
+    __slots__ = ("connection", "make", "reply", "size", "tag")
+
+    def __init__(self, make: Callable[[], tuple[Sequence[Buffer], Reply]], size: int, tag: T) -> None:
+        self.make = make
+        self.size = size
+        self.tag = tag
+        self.reply: Reply | None = None
+        self.connection: Connection | None = None
+
+
+class Pipeline(Generic[T]):
+    """Keeps requests in flight up to ``REPLY_WINDOW`` bytes of replies.
+
+    The requests must be repeatable: they are made and sent again when the connection broke, and when a cancelled
+    :meth:`next` is called again. No task and nothing to close belongs to it.
+    """
+
+    def __init__(self, client: Client) -> None:
+        self._client = client
+        self._entries: deque[_Entry[T]] = deque()
+        self._window = 0
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    @property
+    def full(self) -> bool:
+        """Whether enough is in flight. One request may always be, whatever its size."""
+        return self._window >= REPLY_WINDOW
+
+    def put(self, make: Callable[[], tuple[Sequence[Buffer], Reply]], size: int, tag: T) -> None:
+        """Queue the request that ``make`` makes; ``size``: bytes of its reply, as far as known."""
+        self._entries.append(_Entry(make, size, tag))
+        self._window += size
+
+    async def next(self) -> tuple[Reply, T]:
+        """The oldest request's reply and tag.
+
+        Raises:
+            ConnectionLost, ConnectError: the server could not be reached again.
+        """
+        attempt = 0
+        oldest = self._entries[0]
+        while True:
+            try:
+                connection = await self._client.connection()
+                for entry in self._entries:
+                    if entry.reply is None or entry.reply.error is not None:
+                        buffers, reply = entry.make()
+                        entry.reply = connection.submit(buffers, reply)
+                        entry.connection = connection
+                assert oldest.reply is not None
+                assert oldest.connection is not None
+                await oldest.connection.wait(oldest.reply)
+            except ConnectionLost as error:
+                attempt += 1
+                if attempt >= ATTEMPTS or isinstance(error, Stalled):
+                    raise
+                await anyio.sleep(BACKOFF.compute(attempt))
+            except BaseException:
+                oldest.reply = None  # abandoned; asked for again if somebody calls again
+                raise
+            else:
+                self._entries.popleft()
+                self._window -= oldest.size
+                return oldest.reply, oldest.tag
+
+    def abandon(self) -> None:
+        """Forget all requests; nothing is written into their memory any more."""
+        for entry in self._entries:
+            if entry.reply is not None and entry.connection is not None:
+                entry.connection.abandon(entry.reply)
+        self._entries.clear()
+        self._window = 0

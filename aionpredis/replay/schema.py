@@ -1,0 +1,79 @@
+"""The columns of a transition."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import keyword
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import DTypeLike
+
+from aionpredis.errors import UsageError
+from aionpredis.formats import safetensors
+
+__all__ = ["Schema"]
+
+EPISODE_ENDS = ("terminated", "truncated")
+"""Columns (scalar ``bool``) that say that an episode ended with this transition, as Gymnasium names them."""
+
+
+class Schema(Mapping[str, "tuple[np.dtype[Any], tuple[int, ...]]"]):
+    """Names, dtypes and shapes of what one transition consists of::
+
+        Schema(state=("uint8", (80, 80)), action="int64", reward="float32", terminated="bool", truncated="bool")
+
+    Each column is a dtype (a scalar), or ``(dtype, shape)``. A mapping from name to ``(dtype, shape)``.
+
+    Raises:
+        UsageError: a name is not an identifier, or a shape not a tuple of non-negative ints.
+        EncodeError: a dtype that a ``.safetensors`` file cannot hold.
+    """
+
+    def __init__(self, **columns: DTypeLike | tuple[DTypeLike, tuple[int, ...]]) -> None:
+        if not columns:
+            raise UsageError("a schema has at least one column")
+        self._columns: dict[str, tuple[np.dtype[Any], tuple[int, ...]]] = {}
+        for name, column in columns.items():
+            if keyword.iskeyword(name) or not name.isidentifier() or name.startswith("_"):
+                raise UsageError(f"column {name!r}: a name is an identifier, without a leading underscore")
+            dtype: Any = column
+            shape: Any = ()
+            if isinstance(column, tuple) and len(column) == 2 and isinstance(column[1], tuple | list):
+                dtype, shape = column
+            if not all(isinstance(size, int) and size >= 0 for size in shape):
+                raise UsageError(f"column {name!r}: a shape is a tuple of sizes, not {shape!r}")
+            try:
+                native = np.dtype(dtype).newbyteorder("=")
+            except TypeError as error:
+                raise UsageError(f"column {name!r}: {error}") from None
+            self._columns[name] = native, tuple(shape)
+        self.layout(1)  # unsupported dtypes show here
+        self.row_nbytes = sum(dtype.itemsize * int(np.prod(shape)) for dtype, shape in self._columns.values())
+        self.episode_ends = tuple(name for name in EPISODE_ENDS if self._columns.get(name) == (np.dtype(np.bool_), ()))
+
+    def layout(self, rows: int, *, header_size: int | None = None) -> safetensors.Layout:
+        """The file that holds ``rows`` transitions, column by column."""
+        spec = {name: (dtype, (rows, *shape)) for name, (dtype, shape) in self._columns.items()}
+        return safetensors.layout(spec, header_size=header_size)
+
+    @property
+    def digest(self) -> str:
+        """Equal for equal schemas: 16 hexadecimal digits."""
+        columns = [[name, dtype.name, shape] for name, (dtype, shape) in self._columns.items()]
+        return hashlib.sha256(json.dumps(columns).encode()).hexdigest()[:16]
+
+    def __getitem__(self, name: str) -> tuple[np.dtype[Any], tuple[int, ...]]:
+        return self._columns[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._columns)
+
+    def __len__(self) -> int:
+        return len(self._columns)
+
+    def __repr__(self) -> str:
+        columns = (f"{name}=({dtype.name!r}, {shape})" for name, (dtype, shape) in self._columns.items())
+        return f"Schema({', '.join(columns)})"

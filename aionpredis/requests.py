@@ -1,0 +1,164 @@
+"""The requests of the data plane: their bytes, and what is expected back. No IO."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from aionpredis.codecs import Codec
+from aionpredis.errors import EncodeError, UsageError
+from aionpredis.formats import npy, safetensors
+from aionpredis.memory import aligned_empty
+from aionpredis.wire.resp import Blob, Buffer, Pattern, Reply, Template, encode, encode_set
+
+__all__ = [
+    "MAX_VALUE",
+    "Key",
+    "ValueReply",
+    "encode_array",
+    "encode_record",
+    "key_bytes",
+    "ok_reply",
+    "row_views",
+    "rows_reply",
+    "set_command",
+    "ttl_options",
+]
+
+Key = str | bytes
+
+MAX_VALUE = 512 << 20
+"""Bytes: ``proto-max-bulk-len``. The server drops a connection that sends more in one string."""
+
+IN_THREAD = 256 * 1024
+"""Bytes from which on a codec works in a worker thread: LZ4 needs ~0.2 ms for them, a hop to a thread ~0.1 ms."""
+
+
+def key_bytes(key: object) -> bytes:
+    """The key as the server knows it; ``str`` is UTF-8.
+
+    Raises:
+        UsageError: it is neither ``str`` nor ``bytes``.
+    """
+    if isinstance(key, str):
+        return key.encode()
+    if isinstance(key, bytes):
+        return key
+    raise UsageError(f"a key is str or bytes, not {type(key).__name__}: {key!r:.80}")
+
+
+def ttl_options(ttl: float | None) -> bytes:
+    """The encoded ``PX`` option of SET for a time to live in seconds; empty for ``None``.
+
+    Raises:
+        UsageError: it is not a positive, finite number.
+    """
+    if ttl is None:
+        return b""
+    if isinstance(ttl, bool) or not isinstance(ttl, int | float) or not (0 < ttl < math.inf):
+        raise UsageError(f"ttl is a positive number of seconds, or None for ever; not {ttl!r}")
+    milliseconds = b"%d" % max(1, round(ttl * 1000))
+    return b"$2\r\nPX\r\n$%d\r\n%b\r\n" % (len(milliseconds), milliseconds)
+
+
+def encode_array(array: object, codec: Codec | None, key: Key | None = None) -> list[Buffer]:
+    """The value for an array: a header and the array's own memory, or a codec's output.
+
+    Raises:
+        EncodeError: it cannot be stored, or is longer than 512 MiB.
+    """
+    try:
+        head, payload = npy.encode(array)
+    except EncodeError as error:
+        error.key = key
+        raise
+    return _finish([head, payload], codec, key)
+
+
+def encode_record(record: object, codec: Codec | None, key: Key | None = None) -> list[Buffer]:
+    """The value for a record (``dict`` of arrays), like :func:`encode_array`."""
+    try:
+        head, payloads = safetensors.encode(record)  # type: ignore[arg-type]  # it checks
+    except EncodeError as error:
+        error.key = key
+        raise
+    return _finish([head, *payloads], codec, key)
+
+
+def _finish(parts: list[bytes | memoryview], codec: Codec | None, key: Key | None) -> list[Buffer]:
+    encoded = parts if codec is None else codec.encode(parts)
+    size = sum(map(len, encoded))
+    if size > MAX_VALUE:
+        raise EncodeError(
+            f"{size:,} bytes: a server takes {MAX_VALUE:,} in one value (proto-max-bulk-len); store it in parts",
+            key=key,
+        )
+    return list(encoded)
+
+
+def set_command(key: bytes, value: Sequence[Buffer], options: bytes = b"") -> list[Buffer]:
+    """``SET key value [PX …]``. Borrows the value's memory."""
+    if len(value) == 2 and isinstance(value[0], bytes):
+        return encode_set(key, value[0], value[1], options, 2 if options else 0)
+    buffers = encode("SET", key, Blob(value))
+    if options:
+        # the count of arguments stands first: 3 → 5
+        buffers[0] = b"*5" + bytes(buffers[0])[2:]
+        buffers.append(options)
+    return buffers
+
+
+@lru_cache(64)
+def _all_ok(count: int) -> Pattern:
+    return Pattern([b"+OK\r\n" * count])
+
+
+def ok_reply(count: int = 1) -> Reply:
+    """Expects ``+OK`` from each of ``count`` commands."""
+    return Reply(count, Template(_all_ok(count), ()))
+
+
+class ValueReply(Reply):
+    """Values of unknown size, each received into fresh aligned memory: ``uint8`` arrays, or ``None``."""
+
+    __slots__ = ()
+
+    def bulk(self, size: int) -> tuple[Sequence[memoryview], Any]:
+        memory = aligned_empty(size)
+        return (memory.data,), memory
+
+
+@lru_cache(64)
+def _rows(header: bytes, nbytes: int, count: int) -> Pattern:
+    head = b"$%d\r\n%b" % (len(header) + nbytes, header)
+    items: list[bytes | int] = [b"*%d\r\n%b" % (count, head), nbytes]
+    for _ in range(count - 1):
+        items += (b"\r\n" + head, nbytes)
+    return Pattern([*items, b"\r\n"])
+
+
+def rows_reply(header: bytes, rows: Sequence[memoryview]) -> ValueReply:
+    """What MGET answers when every value is ``header`` and as many bytes as a row has; they go straight into ``rows``."""
+    return ValueReply(1, Template(_rows(header, len(rows[0]), len(rows)), rows))
+
+
+def row_views(batch: NDArray[Any]) -> list[memoryview]:
+    """The memory of ``batch[0]``, ``batch[1]``, …
+
+    Raises:
+        UsageError: it is read-only, or its rows are not C-contiguous.
+    """
+    if not batch.flags.writeable:
+        raise UsageError("out= is read-only")
+    if batch.flags.c_contiguous and batch.size:
+        whole = batch.reshape(-1).view(np.uint8).data
+        size = batch.nbytes // len(batch)
+        return [whole[start : start + size] for start in range(0, batch.nbytes, size)]
+    if not all(row.flags.c_contiguous for row in batch[:1]):
+        raise UsageError("out= must be C-contiguous, or have C-contiguous rows: the bytes are received in place")
+    return [npy.as_bytes(row) for row in batch]

@@ -1,0 +1,241 @@
+"""Requests and replies in flight on one connection.
+
+There is no background task: **whoever waits for a reply drives**. The first waiting task sends what is queued and receives
+for everybody until its own reply is there; then it hands over to the next one that waits. So a lone caller pays no switch
+of tasks, sending never stops receiving, and nothing runs when nobody waits.
+
+A connection about whose state there is any doubt is aborted: every request on it fails, and no byte of it is used again.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from typing import Any
+
+from aionpredis.errors import ConnectionLost, ProtocolError, Stalled
+from aionpredis.wire.ready import readiness
+from aionpredis.wire.resp import MAX_VECTORS, TURN, Buffer, Parser, Reply
+from aionpredis.wire.socket import Socket
+
+__all__ = ["Connection"]
+
+PATIENCE = 3
+"""Fruitless looks at the socket, each after letting other tasks run, before the event loop is asked to wait for it:
+asking costs 12-16 µs and wakes an idle core."""
+
+DEEP = 8
+"""Unanswered requests from which on further ones are sent together, by the driving task, instead of one by one."""
+
+MAX_SNAPSHOT = 1 << 20
+"""Bytes of a half-sent request that are copied when its caller goes away. For more, the connection is given up."""
+
+
+class _Outgoing:
+    """A request that the kernel has not taken completely: ``buffers[index:]``, the first from byte ``offset``."""
+
+    __slots__ = ("buffers", "index", "offset", "reply")
+
+    def __init__(self, buffers: Sequence[Buffer], reply: Reply) -> None:
+        self.buffers = buffers
+        self.index = 0
+        self.offset = 0
+        self.reply = reply
+
+    def rest(self) -> list[Buffer]:
+        first, *others = self.buffers[self.index :]
+        return [memoryview(first)[self.offset :] if self.offset else first, *others]
+
+
+class Connection:
+    """One established connection, for use in the event loop that made it.
+
+    ``timeout``: seconds without any progress, in either direction, after which it is aborted with :class:`Stalled`.
+    """
+
+    def __init__(self, sock: Socket, *, timeout: float, max_bulk: int) -> None:
+        self.lost: Exception | None = None
+        self._sock = sock
+        self._ready = readiness(sock.raw)
+        self._timeout = timeout
+        self._parser = Parser(max_bulk)
+        self._outbox: deque[_Outgoing] = deque()
+        self._driving = False
+        self._parked = False
+        self._waiting: deque[Reply] = deque()
+
+    def submit(self, buffers: Sequence[Buffer], reply: Reply) -> Reply:
+        """Queue a request. Its memory stays borrowed until the reply is done or abandoned. Somebody must then wait.
+
+        Raises:
+            ConnectionLost: the connection is closed; nothing was queued.
+        """
+        if self.lost is not None:
+            raise _copy(self.lost)
+        self._parser.expect(reply)
+        self._outbox.append(_Outgoing(buffers, reply))
+        if self._driving and len(self._parser.pending) <= DEEP:
+            self._send()
+            if self._parked and self._outbox:
+                self._ready.poke()  # it waits for reading only
+        return reply
+
+    async def wait(self, reply: Reply) -> None:
+        """Return when the reply is done. Cancelled, the reply is abandoned: nothing more is written into its memory.
+
+        Raises:
+            ConnectionLost: the connection broke before the reply was complete.
+        """
+        try:
+            while not reply.done:
+                if self._driving:
+                    reply.waiter = self._ready.waiter()
+                    self._waiting.append(reply)
+                    await reply.waiter.wait()
+                else:
+                    self._driving = True
+                    try:
+                        await self._drive(reply)
+                    finally:
+                        self._driving = False
+                        self._hand_over()
+        except BaseException:
+            self.abandon(reply)
+            self._hand_over()  # the wake-up may have come just before the cancellation
+            raise
+        if reply.error is not None:
+            raise reply.error
+
+    def _hand_over(self) -> None:
+        """Wake the next task that still waits, so that it drives."""
+        while self._waiting and not self._driving:
+            reply = self._waiting.popleft()
+            if not (reply.done or reply.abandoned):
+                reply.waiter.wake()
+                break
+
+    async def _drive(self, reply: Reply) -> None:
+        patience = PATIENCE
+        while True:
+            sent = self._send()
+            # Before looking, not after: others queue their requests now, and no turn moves more than ~1 MB each way.
+            await self._ready.pause()
+            if self._receive() or sent:
+                patience = PATIENCE
+            if reply.done:
+                return
+            patience -= 1
+            if patience > 0:
+                continue
+            patience = PATIENCE
+            write = bool(self._outbox) or self._sock.wants_write
+            self._parked = not write
+            try:
+                ready = await self._ready.wait(write=write, timeout=self._timeout)
+            finally:
+                self._parked = False
+            if not ready:
+                self.abort(Stalled(f"no byte moved for {self._timeout} s while a reply was outstanding"))
+                return
+
+    def _send(self) -> int:
+        """Hand the kernel what it takes of the outbox, ~1 MB at most; how many bytes it took."""
+        outbox = self._outbox
+        if not outbox:
+            return 0
+        buffers: list[Buffer] = []
+        room = TURN
+        for outgoing in outbox:
+            for buffer in outgoing.rest():
+                size = len(buffer)
+                buffers.append(buffer if size <= room else memoryview(buffer)[:room])
+                room -= size
+                if room <= 0:
+                    break
+            if room <= 0 or len(buffers) >= MAX_VECTORS:
+                del buffers[MAX_VECTORS:]
+                break
+        try:
+            count = self._sock.send(buffers)
+        except OSError as error:
+            self.abort(ConnectionLost(f"sending failed: {error}"))
+            return 0
+        left = count
+        while left:
+            outgoing = outbox[0]
+            outgoing.reply.sent = True
+            rest = len(outgoing.buffers[outgoing.index]) - outgoing.offset
+            if left < rest:
+                outgoing.offset += left
+                break
+            left -= rest
+            outgoing.offset = 0
+            outgoing.index += 1
+            if outgoing.index == len(outgoing.buffers):
+                outbox.popleft()
+        return count
+
+    def _receive(self) -> bool:
+        """Take what the kernel has, ~1 MB at most; whether there was anything."""
+        if self.lost is not None:
+            return False
+        try:
+            count = self._sock.receive(self._parser.get_buffers())
+            if count < 0:
+                return False
+            if count == 0:
+                raise ConnectionLost("the server closed the connection")
+            done = self._parser.advance(count)
+        except Exception as error:  # whatever it was, the parser is in the middle of a reply now
+            self.abort(error if isinstance(error, ConnectionLost) else ConnectionLost(f"receiving failed: {error!r}"))
+            return False
+        for reply in done:
+            if reply.waiter is not None:
+                reply.waiter.wake()
+        return True
+
+    def abandon(self, reply: Reply) -> None:
+        """Its caller goes away: its memory is not read or written any more, its reply, if one comes, is dropped."""
+        if reply.done:
+            return
+        for outgoing in self._outbox:
+            if outgoing.reply is reply:
+                if not outgoing.index and not outgoing.offset:
+                    self._outbox.remove(outgoing)
+                    self._parser.pending.remove(reply)
+                    reply.done = True
+                    return
+                rest = outgoing.rest()
+                if sum(len(part) for part in rest) > MAX_SNAPSHOT:
+                    self.abort(ConnectionLost("a large request was cancelled half-sent"))
+                    return
+                outgoing.buffers, outgoing.index, outgoing.offset = [b"".join(rest)], 0, 0
+                break
+        try:
+            self._parser.abandon(reply)
+        except ProtocolError as error:
+            self.abort(error)
+
+    def abort(self, error: Exception) -> None:
+        """Close at once; every outstanding request fails with a copy of ``error``. Never waits; may be called again."""
+        if self.lost is not None:
+            return
+        self.lost = error
+        self._ready.closing()
+        self._sock.raw.close()
+        self._outbox.clear()
+        for reply in self._parser.pending:
+            reply.done = True
+            reply.error = _copy(error)
+            if reply.waiter is not None:
+                reply.waiter.wake()
+        self._parser.pending.clear()
+
+    def close(self) -> None:
+        """Close at once. Requests that are still outstanding fail with :class:`ConnectionLost`."""
+        self.abort(ConnectionLost("the client is closed"))
+
+
+def _copy(error: Exception) -> Any:
+    """The same error for another task: one instance raised in two tasks would mix their tracebacks."""
+    return type(error)(*error.args)

@@ -1,0 +1,51 @@
+"""Fixtures: every server times every event loop."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import redis
+
+from aionpredis.server import Server
+
+from .servers import make_server
+
+
+@pytest.fixture(
+    params=[
+        pytest.param(("asyncio", {"use_uvloop": False}), id="asyncio"),
+        pytest.param(("asyncio", {"use_uvloop": True}), id="uvloop"),
+        pytest.param(("trio", {}), id="trio"),
+    ]
+)
+def anyio_backend(request: pytest.FixtureRequest) -> Any:
+    """The event loop that an async test runs on."""
+    return request.param
+
+
+@pytest.fixture(scope="session", params=["valkey", "redis"])
+def server(request: pytest.FixtureRequest) -> Iterator[Server]:
+    """One server of each kind for the whole session."""
+    with make_server(request.param) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def _stock(server: Server) -> Iterator[redis.Redis]:
+    with redis.Redis.from_url(server.url, socket_timeout=30) as client:
+        yield client
+
+
+@pytest.fixture
+def stock(_stock: redis.Redis) -> redis.Redis:
+    """Stock redis-py on the same server, which is empty."""
+    _stock.flushall()
+    return _stock
+
+
+@pytest.fixture
+def url(server: Server, stock: redis.Redis) -> str:
+    """The address of the server, which is empty."""
+    return server.url

@@ -1,0 +1,46 @@
+"""The servers that the tests run against, and how to look at processes."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from aionpredis.server import Server
+
+#: Where Debian and others put a stock Redis.
+REDIS = shutil.which("redis-server", path=os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin"]))
+
+
+def make_server(kind: str, **options: object) -> Server:
+    """A server of this kind, ``valkey`` or ``redis``, not started; the test is skipped where there is none."""
+    if kind == "valkey":
+        return Server(**options)  # type: ignore[arg-type]
+    if REDIS is None:
+        pytest.skip("no redis-server on this machine")
+    return Server(binary=REDIS, **options)  # type: ignore[arg-type]
+
+
+def exists(pid: int) -> bool:
+    """Whether this process exists and is not a zombie."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return Path("/proc").is_dir() is False
+
+
+def until(condition: Callable[[], bool], what: str, timeout: float = 10.0) -> None:
+    """Wait until the condition holds; fail with ``what`` if it does not in time."""
+    deadline = time.monotonic() + timeout
+    while not condition():
+        if time.monotonic() > deadline:
+            pytest.fail(f"not within {timeout:g} s: {what}")
+        time.sleep(0.005)

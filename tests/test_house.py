@@ -1,0 +1,146 @@
+"""The rules of the house that a machine can check."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import inspect
+import re
+import tomllib
+from collections.abc import Iterable
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import redis
+
+import aionpredis
+from aionpredis import errors
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "aionpredis"
+MODULES = sorted(PACKAGE.rglob("*.py"))
+
+
+def imports(path: Path) -> set[str]:
+    """The modules that this file imports, wherever in it, with their parents: ``{"anyio", "anyio.abc"}``."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            names.add(node.module)
+            names.update(f"{node.module}.{alias.name}" for alias in node.names)
+    return {".".join(name.split(".")[: n + 1]) for name in names for n in range(name.count(".") + 1)}
+
+
+def name_of(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_module_says_what_it_is(path: Path) -> None:
+    assert ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
+
+
+@pytest.mark.parametrize("path", [p for p in MODULES if name_of(p) != "aionpredis/wire/ready.py"], ids=name_of)
+def test_no_module_is_bound_to_one_event_loop(path: Path) -> None:
+    assert not imports(path) & {"asyncio", "trio"}
+
+
+def in_order(names: Iterable[str]) -> list[str]:
+    """As ruff sorts ``__all__``: constants, classes, the rest."""
+    return sorted(names, key=lambda name: (0 if name.isupper() else 1 if name[0].isupper() else 2, name))
+
+
+def test_protocol_is_free_of_io() -> None:
+    forbidden = {"anyio", "asyncio", "select", "selectors", "socket", "ssl", "threading", "trio", "uvloop"}
+    assert not imports(PACKAGE / "wire" / "resp.py") & forbidden
+
+
+def test_nothing_is_pickled() -> None:
+    for path in MODULES:
+        assert not imports(path) & {"pickle", "cloudpickle", "marshal", "dill", "shelve"}, path
+
+
+def test_public_names_are_sorted_and_complete() -> None:
+    public = {
+        name
+        for name, value in vars(aionpredis).items()
+        if not name.startswith("_")
+        and not isinstance(value, ModuleType)
+        and name not in ("annotations", "TYPE_CHECKING")
+    }
+    names = [name for name in aionpredis.__all__ if not name.startswith("_")]
+    assert names == in_order(names)
+    assert len(set(names)) == len(names)
+    for name in aionpredis.__all__:
+        assert hasattr(aionpredis, name)  # also names that are imported on demand
+    assert public <= set(names)
+    assert set(errors.__all__) <= set(names)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_public_names_of_modules_exist(path: Path) -> None:
+    if path.name == "__main__.py":
+        pytest.skip("importing it runs it")
+    name = name_of(path).removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+    try:
+        module = importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name and error.name.startswith("aionpredis"):
+            raise
+        pytest.skip(f"needs {error.name}")
+    names = getattr(module, "__all__", [])
+    assert list(names) == in_order(names)
+    assert [each for each in names if not hasattr(module, each)] == []
+
+
+def test_version() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert project["version"] == aionpredis.__version__
+    assert f"## {aionpredis.__version__}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+
+
+def test_package_is_typed() -> None:
+    assert (PACKAGE / "py.typed").exists()
+
+
+# errors.py
+
+DRAWN = re.compile(
+    r"^ {4}(?P<indent>(?:[│ ] {3}|[├└]── )*)(?P<name>[A-Z]\w+)(?:.*?\(also a (?P<also>\w+)\))?", re.MULTILINE
+)
+
+
+def drawn_tree() -> dict[str, tuple[str, str | None]]:
+    """Of each class in the docstring of errors.py: the class above it, and the builtin that it is, too."""
+    tree: dict[str, tuple[str, str | None]] = {}
+    above: list[str] = []
+    for match in DRAWN.finditer(inspect.cleandoc(errors.__doc__ or "")):
+        depth = len(match["indent"]) // 4
+        del above[depth:]
+        tree[match["name"]] = (above[-1] if above else "Exception", match["also"])
+        above.append(match["name"])
+    return tree
+
+
+def test_errors_are_as_drawn() -> None:
+    tree = drawn_tree()
+    assert sorted(tree) == errors.__all__
+    for name, (above, also) in tree.items():
+        lineage = getattr(errors, name).__mro__[1:]
+        assert next(cls.__name__ for cls in lineage if cls.__name__ in {*tree, "Exception"}) == above, name
+        builtins = {cls.__name__ for cls in getattr(errors, name).__bases__ if cls.__module__ == "builtins"}
+        assert builtins == ({also} if also else {"Exception"} if above == "Exception" else set()), name
+
+
+# The fixtures of conftest.py
+
+
+@pytest.mark.anyio
+async def test_every_server_is_reached_from_every_loop(url: str, stock: redis.Redis, anyio_backend_name: str) -> None:
+    assert stock.dbsize() == 0
+    stock.set("loop", anyio_backend_name)
+    with redis.Redis.from_url(url) as other:
+        assert other.get("loop") == anyio_backend_name.encode()
