@@ -1,1 +1,1 @@
-"""Benchmarks: ``python -m bench``."""
+"""Benchmarks: ``python -m bench CASE…``. See README.md in this folder for what is measured, and how."""

@@ -1,0 +1,39 @@
+"""The server settings that matter: our writer, ``mget(out=)`` and epoch under each of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from bench.cases import read, replay, write
+from bench.harness import Case, Work, run_case
+from bench.servers import target
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "embedded defaults (avoid-copy 4096, Unix)": {},
+    "min-string-size-avoid-copy-reply 16384 (stock)": {"config": {"min-string-size-avoid-copy-reply": "16384"}},
+    "min-string-size-avoid-copy-reply 0": {"config": {"min-string-size-avoid-copy-reply": "0"}},
+    "io-threads 2": {"config": {"io-threads": "2"}},
+    "TCP on loopback": {"tcp": True},
+}
+
+
+def tune(console: Console, *, quick: bool) -> dict[str, dict[str, float]]:
+    contenders = (write.OurWriter, read.OurMgetOut, replay.Append1, replay.Epoch)
+    case = Case("tune", "settings", contenders, prepare=read.prepare)
+    table = Table(title="Server settings: arrays/s, median of 3 rounds", title_justify="left")
+    table.add_column("setting")
+    for contender in contenders:
+        table.add_column(contender.name, justify="right")
+    figures: dict[str, dict[str, float]] = {}
+    for name, setting in SETTINGS.items():
+        with target(config=setting.get("config"), tcp=bool(setting.get("tcp"))) as place, console.status("") as status:
+            url = place.tcp_url if setting.get("tcp") else place.url
+            work = Work(url, quick)
+            result = run_case(case, work, rounds=3, server_pid=place.pid, progress=status.update)
+        figures[name] = {c.name: result.median(c.name, "rate") for c in contenders}
+        table.add_row(name, *(f"{figures[name][c.name]:,.0f}" for c in contenders))
+    console.print(table)
+    return figures
