@@ -17,9 +17,18 @@ from numpy.typing import NDArray
 from aionpredis import codecs
 from aionpredis.codecs import Codec
 from aionpredis.commands import check_shared
-from aionpredis.errors import ConnectionLost, OutcomeUnknown, OutMismatch, ServerError, Stalled, UsageError
+from aionpredis.errors import (
+    ConnectError,
+    ConnectionLost,
+    EncodeError,
+    OutcomeUnknown,
+    OutMismatch,
+    ServerError,
+    UsageError,
+)
 from aionpredis.formats import npy
-from aionpredis.pipeline import ATTEMPTS, BACKOFF, Pipeline
+from aionpredis.memory import aligned_empty
+from aionpredis.pipeline import ATTEMPTS, BACKOFF, FINAL, Pipeline
 from aionpredis.requests import (
     IN_THREAD,
     MAX_VALUE,
@@ -28,11 +37,14 @@ from aionpredis.requests import (
     encode_array,
     encode_record,
     key_bytes,
+    nbytes,
     ok_reply,
     row_views,
     rows_reply,
     set_command,
     ttl_options,
+    value_reply,
+    values_reply,
 )
 from aionpredis.wire import resp
 from aionpredis.wire.connection import Connection
@@ -74,6 +86,8 @@ class Client:
         max_value_bytes: int,
         options: Mapping[str, Any],
     ) -> None:
+        if isinstance(max_value_bytes, bool) or not isinstance(max_value_bytes, int) or max_value_bytes < 1:
+            raise UsageError(f"max_value_bytes is a positive number of bytes, not {max_value_bytes!r}")
         self.codec = codecs.resolve(codec)
         self._settings: dict[str, Any] = {
             "timeout": timeout,
@@ -88,6 +102,7 @@ class Client:
         self._embedded: Server | None = None
         self._topology: OneServer | None = None
         self._spare: list[Connection] = []
+        self._last_loaded = b"", 0  # header and payload bytes of an array that mget() loaded
 
     @property
     def url(self) -> str:
@@ -107,12 +122,12 @@ class Client:
                 self._embedded = Server()
                 await anyio.to_thread.run_sync(self._embedded.start)
                 self._dialer = Dialer(self._embedded.url, **self._settings)
-            topology = OneServer(self._dialer)
-            await topology.connection()
+            self._topology = OneServer(self._dialer)
+            await self._topology.connection()
         except BaseException:
+            self._topology = None
             await self._stop_embedded()
             raise
-        self._topology = topology
         return self
 
     async def __aexit__(
@@ -144,19 +159,20 @@ class Client:
         Raises:
             EncodeError: the value cannot be stored (object dtype, masked, not an array, over 512 MiB); nothing was sent.
             ServerError: the server refused it.
-            ConnectionLost: the server could not be reached again. Storing the same value twice is harmless, so this
-                was tried up to four times.
+            ConnectionLost, ConnectError: the server could not be reached again. Storing the same value twice is harmless,
+                so this was tried up to four times.
         """
         name = key_bytes(key)
         options = ttl_options(ttl)
         value = await self.encode_value(encode_array, array, codec, key)
-        await self.send(set_command(name, value, options))
+        await self.send(set_command(name, value, options), key)
 
     async def get(self, key: Key, *, out: NDArray[Any] | None = None) -> NDArray[Any] | None:
         """Load an array (command ``GET``); ``None`` if there is no such key.
 
         The array is writable, 64-byte aligned, and its memory is nobody else's. With ``out=``, an array of the same dtype
-        and shape, the bytes are received straight into it and it is returned; its contents are undefined after an error.
+        and shape, the bytes are received straight into it and it is returned. Nobody else may use it meanwhile; without
+        such a key it is filled with zeros, and after an error its contents are undefined.
 
         Raises:
             NotAnArray, WrongKind, CorruptValue: the stored value is something else.
@@ -166,12 +182,28 @@ class Client:
         if out is not None:
             if not isinstance(out, np.ndarray):
                 raise UsageError(f"out= is a NumPy array, not {type(out).__name__}")
-            return out if (await self.mget([key], out=out[np.newaxis]))[0] else None
+            return await self._get_into(key, out)
         value = await self.get_value(key)
         return None if value is None else await self._open(codecs.open_array, value, key)
 
+    async def _get_into(self, key: Key, out: NDArray[Any]) -> NDArray[Any] | None:
+        command = resp.encode("GET", key_bytes(key))
+        batch = out[np.newaxis]
+        header = _header(batch)
+        (row,) = row_views(batch)
+        reply = await self._request(lambda: (command, value_reply(header, row)))
+        if reply.matched:
+            return out
+        found = np.ones(1, np.bool_)
+        await self._place([(key, b"")], [_raise(reply.values[0], "GET", key)], batch, found)
+        return out if found[0] else None
+
     async def mset(
-        self, items: Mapping[Key, object], *, ttl: float | None = None, codec: str | Codec | None = None
+        self,
+        items: Mapping[str, object] | Mapping[bytes, object] | Mapping[Key, object],
+        *,
+        ttl: float | None = None,
+        codec: str | Codec | None = None,
     ) -> None:
         """Store many arrays, pipelined; not atomic. The arrays must not be written to before this returns.
 
@@ -189,7 +221,8 @@ class Client:
         Without ``out``: a list of arrays, ``None`` for each missing key.
 
         With ``out``, shape ``(len(keys), *shape)``: array *i* is received straight into ``out[i]``. Returns a ``bool``
-        array, shape ``(len(keys),)``: ``False`` where the key is missing and the row was left as it was.
+        array, shape ``(len(keys),)``: ``False`` where the key is missing (or holds a list, a hash, …); such a row is filled
+        with zeros. Nobody else may use ``out`` meanwhile; after an error its contents are undefined.
 
         Raises:
             OutMismatch: a stored array's dtype or shape is not that of the rows; it names the key.
@@ -198,22 +231,38 @@ class Client:
         names = [(key, key_bytes(key)) for key in keys]
         if out is not None:
             return await self._mget_into(names, out)
+        return await self._mget_fresh(names)
+
+    async def _mget_fresh(self, names: list[tuple[Key, bytes]]) -> list[NDArray[Any] | None]:
+        """Arrays in memory of their own. They are predicted to look like the last one that was loaded."""
         arrays: list[NDArray[Any] | None] = []
-        pipeline: Pipeline[None] = Pipeline(self)
-        asked, size = 0, SLICE  # until something is known about the sizes, one key a slice
+        pipeline: Pipeline[tuple[bytes, list[NDArray[np.uint8]]] | None] = Pipeline(self)
+        asked = 0
         try:
             while asked < len(names) or len(pipeline):
                 while asked < len(names) and not pipeline.full:
-                    chosen = [name for _, name in names[asked : asked + max(1, min(MAX_SLICE_KEYS, SLICE // size))]]
-                    command = resp.encode("MGET", *chosen)
-                    pipeline.put(partial(_with, command, ValueReply), size * len(chosen), None)
+                    header, nbytes = self._last_loaded
+                    size = len(header) + nbytes  # 0: nothing is known, so ask for one
+                    chosen = [name for _, name in names[asked : asked + (_slice_keys(size) if size else 1)]]
+                    command = resp.encode_keys(b"MGET", chosen)
+                    if size:
+                        memories = [aligned_empty(nbytes) for _ in chosen]
+                        reply_to = partial(values_reply, header, memories)
+                        pipeline.put(partial(_with, command, reply_to), size * len(chosen), (header, memories))
+                    else:
+                        pipeline.put(partial(_with, command, ValueReply), SLICE, None)
                     asked += len(chosen)
-                reply, _ = await pipeline.next()
-                values = _raise(reply.result(), "MGET")
-                size = max([1 if size == SLICE else size, *(len(value) for value in values if value is not None)])
-                for value in values:
+                reply, predicted = await pipeline.next()
+                if reply.matched and predicted is not None:
+                    known = npy.parse_header(memoryview(predicted[0]))
+                    arrays += [npy.over(known, memory) for memory in predicted[1]]
+                    continue
+                for value in _raise(reply.values[0], "MGET"):
                     key = names[len(arrays)][0]
                     arrays.append(None if value is None else await self._open(codecs.open_array, value, key))
+                    if value is not None and codecs.detect(value.data) is codecs.Kind.ARRAY:
+                        parsed = npy.parse_header(value.data)
+                        self._last_loaded = value[: parsed.size].tobytes(), parsed.nbytes
         finally:
             pipeline.abandon()
         return arrays
@@ -225,23 +274,23 @@ class Client:
         found = np.ones(len(names), np.bool_)
         if not names:
             return found
+        header = _header(out)
         rows = row_views(out)
-        header = npy.header_bytes(out.dtype, out.shape[1:])
         size = len(header) + len(rows[0])
-        step = max(1, min(MAX_SLICE_KEYS, SLICE // size))
+        step = _slice_keys(size)
         pipeline: Pipeline[int] = Pipeline(self)
         asked = 0
         try:
             while asked < len(names) or len(pipeline):
                 while asked < len(names) and not pipeline.full:
                     part = slice(asked, asked + step)
-                    command = resp.encode("MGET", *[name for _, name in names[part]])
+                    command = resp.encode_keys(b"MGET", [name for _, name in names[part]])
                     reply_to = partial(rows_reply, header, rows[part])
                     pipeline.put(partial(_with, command, reply_to), step * size, asked)
                     asked += step
                 reply, start = await pipeline.next()
                 if not reply.matched:
-                    values = _raise(reply.result(), "MGET")
+                    values = _raise(reply.values[0], "MGET")
                     await self._place(names[start : start + step], values, out[start:], found[start:])
         finally:
             pipeline.abandon()
@@ -254,6 +303,8 @@ class Client:
         for index, ((key, _), value) in enumerate(zip(names, values, strict=True)):
             if value is None:
                 found[index] = False
+                # What came for others was received here before this reply turned out to be shorter than predicted.
+                out[index] = np.zeros((), out.dtype)
                 continue
             array = await self._open(codecs.open_array, value, key)
             if array.dtype != out.dtype or array.shape != out.shape[1:]:
@@ -275,7 +326,7 @@ class Client:
         name = key_bytes(key)
         options = ttl_options(ttl)
         value = await self.encode_value(encode_record, record, codec, key)
-        await self.send(set_command(name, value, options))
+        await self.send(set_command(name, value, options), key)
 
     async def get_record(self, key: Key) -> dict[str, NDArray[Any]] | None:
         """Load a record; ``None`` if there is no such key. Its arrays share one block of memory that is nobody else's.
@@ -317,11 +368,11 @@ class Client:
         check_shared(arguments)
         return await self.call(*arguments)
 
-    async def send(self, command: Sequence[Buffer]) -> None:
+    async def send(self, command: Sequence[Buffer], key: Key | None = None) -> None:
         """An encoded SET."""
         reply = await self._request(lambda: (command, ok_reply()))
         if not reply.matched:
-            _raise(reply.values[0], "SET")
+            _raise(reply.values[0], "SET", key)
 
     async def call(self, *arguments: Any, repeatable: bool = False) -> Any:
         """:meth:`execute` unchecked; ``repeatable``: running it twice is harmless, so it survives a broken connection."""
@@ -396,19 +447,15 @@ class Client:
         """Send what ``make`` makes and wait for its reply; again, after a broken connection, if that is harmless."""
         attempt = 0
         while True:
-            connection = await self.connection()
             buffers, reply = make()
             try:
+                connection = await self.connection()
                 await connection.wait(connection.submit(buffers, reply))
-            except ConnectionLost as error:
+            except (ConnectionLost, ConnectError) as error:
                 attempt += 1
-                if not repeatable:
-                    if not reply.sent:
-                        if attempt < ATTEMPTS:
-                            continue
-                        raise
+                if reply.sent and not repeatable:
                     raise OutcomeUnknown(f"{error}; the command was sent, whether it ran is not known") from error
-                if attempt >= ATTEMPTS or isinstance(error, Stalled):
+                if attempt >= ATTEMPTS or isinstance(error, FINAL):
                     raise
                 await anyio.sleep(BACKOFF.compute(attempt))
             else:
@@ -426,7 +473,7 @@ class Client:
     ) -> list[Buffer]:
         """A value's bytes, by ``encode_array`` or ``encode_record``; in a worker thread if a codec has much to do."""
         chosen = self.codec if codec is None else codecs.resolve(codec)
-        if chosen is None or _nbytes(value) < IN_THREAD:
+        if chosen is None or nbytes(value) < IN_THREAD:
             return encoder(value, chosen, key)
         return await anyio.to_thread.run_sync(encoder, value, chosen, key)
 
@@ -441,15 +488,22 @@ def _with(command: Sequence[Buffer], reply: Callable[[], Reply]) -> tuple[Sequen
     return command, reply()
 
 
-def _nbytes(value: Any) -> int:
-    if isinstance(value, Mapping):
-        return sum(getattr(array, "nbytes", 0) for array in value.values())
-    return int(getattr(value, "nbytes", 0))
+def _slice_keys(size: int) -> int:
+    """How many values of ``size`` bytes one MGET asks for."""
+    return max(1, min(MAX_SLICE_KEYS, SLICE // size))
+
+
+def _header(out: NDArray[Any]) -> bytes:
+    try:
+        return npy.header_bytes(out.dtype, out.shape[1:])
+    except EncodeError as error:
+        raise UsageError(f"out=: {error}") from error
 
 
 def _raise(value: Any, command: Any, key: Key | None = None) -> Any:
     if isinstance(value, ServerError):
         value.command = command if isinstance(command, str) else bytes(command).decode("utf-8", "replace")
+        value.key = key
         raise value
     return value
 

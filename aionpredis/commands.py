@@ -39,6 +39,7 @@ _REFUSED = {
     "MONITOR": _PUSH,
     "SYNC": _PUSH,
     "PSYNC": _PUSH,
+    "REPLCONF": "it is not always answered, and the next task's reply would be taken for its own",
     **dict.fromkeys(
         ("BLPOP", "BRPOP", "BLMOVE", "BRPOPLPUSH", "BLMPOP", "BZPOPMIN", "BZPOPMAX", "BZMPOP", "WAIT", "WAITAOF"),
         _BLOCK,
@@ -52,7 +53,7 @@ def check_shared(arguments: Sequence[Any]) -> None:
     Raises:
         UsageError: it says why, and what to do instead.
     """
-    if not arguments or not isinstance(arguments[0], str | bytes):
+    if not arguments or not isinstance(arguments[0], str | bytes):  # not a bytearray: it could change until it is sent
         raise UsageError("execute() takes a command's name and its arguments, one by one")
     words = [_word(argument) for argument in arguments[:2]]
     name = words[0]
@@ -60,7 +61,8 @@ def check_shared(arguments: Sequence[Any]) -> None:
         raise UsageError(f"{name!r} is not a command's name: give the arguments one by one, execute('GET', 'key')")
     reason = _REFUSED.get(name) or _REFUSED.get(" ".join(words))
     if reason is None and name in ("XREAD", "XREADGROUP"):
-        options = (_word(argument) for argument in arguments[1:])
+        # XREADGROUP GROUP <group> <consumer> …: these two may have any name
+        options = (_word(argument) for argument in arguments[1 if name == "XREAD" else 4 :])
         if any(option == "BLOCK" for option in iter(lambda: next(options, "STREAMS"), "STREAMS")):
             reason = _BLOCK
     if reason is not None:
@@ -68,6 +70,6 @@ def check_shared(arguments: Sequence[Any]) -> None:
 
 
 def _word(argument: Any) -> str:
-    if isinstance(argument, bytes):
-        return argument.decode("latin-1").upper()
+    if isinstance(argument, bytes | bytearray | memoryview):
+        return bytes(argument[:32]).decode("latin-1").upper()
     return argument.upper() if isinstance(argument, str) else ""

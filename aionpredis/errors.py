@@ -129,17 +129,20 @@ class OutcomeUnknown(ConnectionLost):
 class ServerError(AionpredisError):
     """The server answered with an error.
 
-    ``code``: its first word (``WRONGTYPE``, ``NOAUTH``, …); ``command``: the name of the command.
+    ``code``: its first word (``WRONGTYPE``, ``NOAUTH``, …); ``command``: the name of the command; ``key``: where one is
+    meant.
     """
 
-    def __init__(self, message: str, *, command: str | None = None) -> None:
+    def __init__(self, message: str, *, command: str | None = None, key: str | bytes | None = None) -> None:
         super().__init__(message)
         self.code = message.partition(" ")[0]
         self.command = command
+        self.key = key
 
     def __str__(self) -> str:
         message = super().__str__()
-        return message if self.command is None else f"{message} [{self.command}]"
+        about = [part for part in (self.command, self.key and f"key {self.key!r}") if part]
+        return f"{message} [{', '.join(about)}]" if about else message
 
 
 class ServerFull(ServerError):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from types import TracebackType
 from typing import Generic, TypeVar
 
@@ -14,6 +14,9 @@ from aionpredis.errors import UsageError
 __all__ = ["Loader"]
 
 T = TypeVar("T")
+
+CLOSE_SECONDS = 1.0
+"""Seconds that an async generator has for its cleanup."""
 
 
 class Loader(Generic[T]):
@@ -32,13 +35,14 @@ class Loader(Generic[T]):
         if prefetch < 1:
             raise UsageError(f"prefetch is at least 1 batch, not {prefetch}")
         self._batches = batches
-        self._send, self._receive = anyio.create_memory_object_stream[T](prefetch)
+        self._prefetch = prefetch
         self._tasks: TaskGroup | None = None
         self._error: Exception | None = None
 
     async def __aenter__(self) -> Loader[T]:
         if self._tasks is not None:
             raise UsageError("a loader is for one `async with` block")
+        self._send, self._receive = anyio.create_memory_object_stream[T](self._prefetch)
         self._tasks = anyio.create_task_group()
         await self._tasks.__aenter__()
         self._tasks.start_soon(self._load)
@@ -49,7 +53,7 @@ class Loader(Generic[T]):
     ) -> None:
         assert self._tasks is not None
         self._tasks.cancel_scope.cancel()
-        cancelled = error is not None and not isinstance(error, Exception)
+        cancelled = isinstance(error, anyio.get_cancelled_exc_class())
         try:
             await self._tasks.__aexit__(*((kind, error, trace) if cancelled else (None, None, None)))
         finally:
@@ -63,11 +67,17 @@ class Loader(Generic[T]):
                     await self._send.send(batch)
             except Exception as error:
                 self._error = error
+            finally:
+                if isinstance(self._batches, AsyncGenerator):  # the loader ends in the middle: so does it, here
+                    with anyio.move_on_after(CLOSE_SECONDS, shield=True):
+                        await self._batches.aclose()
 
     def __aiter__(self) -> Loader[T]:
         return self
 
     async def __anext__(self) -> T:
+        if self._tasks is None:
+            raise UsageError("use the loader inside of its `async with` block")
         try:
             return await self._receive.receive()
         except anyio.EndOfStream:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from ctypes import addressof, c_char
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -14,5 +16,6 @@ ALIGNMENT = 64
 def aligned_empty(nbytes: int) -> NDArray[np.uint8]:
     """Uninitialised, writable memory: shape ``(nbytes,)``, dtype ``uint8``, first byte at a multiple of 64."""
     block = np.empty(nbytes + ALIGNMENT, np.uint8)
-    skip = -block.ctypes.data % ALIGNMENT
+    # block.ctypes.data takes twice as long
+    skip = -addressof(c_char.from_buffer(block)) % ALIGNMENT  # type: ignore[arg-type]
     return block[skip : skip + nbytes]

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 import anyio
 from redis.backoff import FullJitterBackoff
 
-from aionpredis.errors import ConnectionLost, Stalled
+from aionpredis.errors import AuthenticationError, ConnectError, ConnectionLost, Stalled
 from aionpredis.wire.resp import Buffer, Reply
 
 if TYPE_CHECKING:
     from aionpredis.client import Client
     from aionpredis.wire.connection import Connection
 
-__all__ = ["ATTEMPTS", "BACKOFF", "REPLY_WINDOW", "Pipeline"]
+__all__ = ["ATTEMPTS", "BACKOFF", "FINAL", "REPLY_WINDOW", "Pipeline"]
 
 T = TypeVar("T")
 
@@ -24,8 +24,14 @@ REPLY_WINDOW = 4 << 20
 """Bytes of replies that one caller has asked for and not received. With an output-buffer limit the server cuts a connection
 that asks for too much; and this is what the socket's buffers hold."""
 
+MAX_REQUESTS = 64
+"""Requests in flight of one caller, however short their replies. More brought nothing, and each is looked at for each."""
+
 ATTEMPTS = 4
 """How often a request that may be repeated is sent before its error is raised."""
+
+FINAL = (Stalled, AuthenticationError)
+"""Errors of a connection after which another attempt is no use: the first has taken ``timeout`` already."""
 
 BACKOFF = FullJitterBackoff(cap=1.0, base=0.05)
 """Seconds between the attempts."""
@@ -60,7 +66,7 @@ class Pipeline(Generic[T]):
     @property
     def full(self) -> bool:
         """Whether enough is in flight. One request may always be, whatever its size."""
-        return self._window >= REPLY_WINDOW
+        return self._window >= REPLY_WINDOW or len(self._entries) >= MAX_REQUESTS
 
     def put(self, make: Callable[[], tuple[Sequence[Buffer], Reply]], size: int, tag: T) -> None:
         """Queue the request that ``make`` makes; ``size``: bytes of its reply, as far as known."""
@@ -86,9 +92,9 @@ class Pipeline(Generic[T]):
                 assert oldest.reply is not None
                 assert oldest.connection is not None
                 await oldest.connection.wait(oldest.reply)
-            except ConnectionLost as error:
+            except (ConnectionLost, ConnectError) as error:
                 attempt += 1
-                if attempt >= ATTEMPTS or isinstance(error, Stalled):
+                if attempt >= ATTEMPTS or isinstance(error, FINAL):
                     raise
                 await anyio.sleep(BACKOFF.compute(attempt))
             except BaseException:

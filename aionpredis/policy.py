@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from numpy.typing import NDArray
 
 from aionpredis import streams
-from aionpredis.errors import ConnectionLost, ServerError, UsageError
+from aionpredis.errors import UsageError
 from aionpredis.names import check_name
 from aionpredis.requests import encode_record, set_command, ttl_options
 
@@ -68,26 +68,12 @@ class Policy:
             version = 1 if last is None else last[0] + 1
             key = self._key(version, token)
             await client.send(set_command(key.encode(), value, ttl_options(LEASE)))
-            if await self._announce(version, token):
-                break
-            await client.delete(key)  # another publisher took this number
-        await client.call("PERSIST", key, repeatable=True)
+            if not await streams.claim(client, self._stream, version, {b"token": token.encode()}, make=True):
+                await client.call("UNLINK", key, repeatable=True)  # another publisher took this number
+            elif await client.call("PERSIST", key, repeatable=True) or await client.exists(key):
+                break  # EXISTS: a repeated PERSIST says 0, too. If the lease ran out, they become the next version
         await self._forget(version - self._keep)
         return version
-
-    async def _announce(self, version: int, token: str) -> bool:
-        try:
-            await self._client.call("XADD", self._stream, f"{version}-0", "token", token)
-        except ServerError as error:
-            if streams.is_stale(error):
-                return False
-            raise
-        except ConnectionLost:  # did it arrive?
-            found = await streams.page(self._client, self._stream, f"{version}-0", f"{version}-0")
-            if found:
-                return found[0][1][b"token"] == token.encode()
-            return await self._announce(version, token)
-        return True
 
     async def _forget(self, version: int) -> None:
         """Delete this version and the older ones: the weights first, so that a crash leaves nothing unnamed."""
@@ -95,18 +81,30 @@ class Policy:
             return
         old = await streams.page(self._client, self._stream, "-", f"{version}-0")
         if old:
-            await self._client.delete(*(self._key(left, fields[b"token"].decode()) for (left, _), fields in old))
+            keys = [self._key(left, fields[b"token"].decode()) for (left, _), fields in old]
+            await self._client.call("UNLINK", *keys, repeatable=True)
             await self._client.call("XTRIM", self._stream, "MINID", f"{version + 1}-0", repeatable=True)
 
     async def latest(self) -> PolicyVersion | None:
         """The newest version; ``None`` if none was published."""
+        return (await self._newest(0, b""))[1]
+
+    async def _newest(self, after: int, token: bytes) -> tuple[int, PolicyVersion | None, bytes]:
+        """The newest version's number; the newest that can be read, with its token, unless that one is ``after``."""
+        newest: streams.Entry | None = None
         while True:
-            entry = await streams.last_entry(self._client, self._stream)
-            if entry is None:
-                return None
-            found = await self._load(entry)
-            if found is not None:
-                return found  # otherwise deleted meanwhile: there is a newer one
+            entries = await streams.newest(self._client, self._stream, self._keep)
+            if not entries or entries[0] == newest:
+                return newest[0][0] if newest else after, None, b""
+            # One that is not there was deleted meanwhile, or its publisher died when it had just announced it.
+            newest = entries[0]
+            for entry in entries:
+                (version, _), fields = entry
+                if version == after and token in (b"", fields[b"token"]):
+                    return newest[0][0], None, b""
+                found = await self._load(entry)
+                if found is not None:
+                    return newest[0][0], found, fields[b"token"]
 
     async def get(self, version: int) -> PolicyVersion | None:
         """That version; ``None`` if there is none, or it was deleted as old."""
@@ -118,6 +116,12 @@ class Policy:
         weights = await self._client.get_record(self._key(version, fields[b"token"].decode()))
         return None if weights is None else PolicyVersion(version, weights)
 
+    async def delete(self) -> None:
+        """Delete all versions. Who publishes afterwards begins with version 1 again."""
+        versions = await streams.page(self._client, self._stream, "-", "+")
+        keys = [self._key(left, fields[b"token"].decode()) for (left, _), fields in versions]
+        await self._client.call("UNLINK", *keys, self._stream, repeatable=True)
+
     def watch(self, after: int = 0) -> PolicyWatch:
         """``async for version, weights in policy.watch():`` each time the newest version to date, as it appears.
 
@@ -126,16 +130,6 @@ class Policy:
         """
         return PolicyWatch(self, after)
 
-    async def _next(self, after: int) -> PolicyVersion:
-        while True:
-            last = await streams.last_entry(self._client, self._stream)
-            if last is not None and last[0][0] != after:  # smaller: the stream was deleted and begun again
-                found = await self._load(last)
-                if found is not None:
-                    return found
-                continue
-            await streams.read_blocking(self._client, self._stream, (after, 0), 1)
-
 
 class PolicyWatch:
     """Iterator of :meth:`Policy.watch`; nothing has to be closed."""
@@ -143,11 +137,17 @@ class PolicyWatch:
     def __init__(self, policy: Policy, after: int) -> None:
         self._policy = policy
         self._after = after
+        self._token = b""
 
     def __aiter__(self) -> PolicyWatch:
         return self
 
     async def __anext__(self) -> PolicyVersion:
-        found = await self._policy._next(self._after)
-        self._after = found.version
-        return found
+        policy = self._policy
+        while True:
+            # Any other version is news: a smaller number means that the stream was deleted and begun again.
+            newest, found, token = await policy._newest(self._after, self._token)
+            if found is not None:
+                self._after, self._token = found.version, token
+                return found
+            await streams.read_blocking(policy._client, policy._stream, (newest, 0), 1)

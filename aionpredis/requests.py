@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -23,17 +23,23 @@ __all__ = [
     "encode_array",
     "encode_record",
     "key_bytes",
+    "nbytes",
     "ok_reply",
     "row_views",
     "rows_reply",
     "set_command",
     "ttl_options",
+    "value_reply",
+    "values_reply",
 ]
 
 Key = str | bytes
 
 MAX_VALUE = 512 << 20
 """Bytes: ``proto-max-bulk-len``. The server drops a connection that sends more in one string."""
+
+MAX_TTL = 1e12
+"""Seconds, 30,000 years. The server keeps milliseconds in 64 bits."""
 
 IN_THREAD = 256 * 1024
 """Bytes from which on a codec works in a worker thread: LZ4 needs ~0.2 ms for them, a hop to a thread ~0.1 ms."""
@@ -43,12 +49,15 @@ def key_bytes(key: object) -> bytes:
     """The key as the server knows it; ``str`` is UTF-8.
 
     Raises:
-        UsageError: it is neither ``str`` nor ``bytes``.
+        UsageError: it is neither ``str`` nor ``bytes``, or holds half a surrogate pair.
     """
-    if isinstance(key, str):
-        return key.encode()
     if isinstance(key, bytes):
         return key
+    if isinstance(key, str):
+        try:
+            return key.encode()
+        except UnicodeEncodeError as error:
+            raise UsageError(f"a key that is no valid UTF-8: {key!r:.80}") from error
     raise UsageError(f"a key is str or bytes, not {type(key).__name__}: {key!r:.80}")
 
 
@@ -56,11 +65,11 @@ def ttl_options(ttl: float | None) -> bytes:
     """The encoded ``PX`` option of SET for a time to live in seconds; empty for ``None``.
 
     Raises:
-        UsageError: it is not a positive, finite number.
+        UsageError: it is not a positive number that a server can add to the time of day.
     """
     if ttl is None:
         return b""
-    if isinstance(ttl, bool) or not isinstance(ttl, int | float) or not (0 < ttl < math.inf):
+    if isinstance(ttl, bool) or not isinstance(ttl, Real) or not 0 < ttl <= MAX_TTL:
         raise UsageError(f"ttl is a positive number of seconds, or None for ever; not {ttl!r}")
     milliseconds = b"%d" % max(1, round(ttl * 1000))
     return b"$2\r\nPX\r\n$%d\r\n%b\r\n" % (len(milliseconds), milliseconds)
@@ -72,6 +81,8 @@ def encode_array(array: object, codec: Codec | None, key: Key | None = None) -> 
     Raises:
         EncodeError: it cannot be stored, or is longer than 512 MiB.
     """
+    if codec is None:
+        _check_size(nbytes(array), key)
     try:
         head, payload = npy.encode(array)
     except EncodeError as error:
@@ -82,6 +93,8 @@ def encode_array(array: object, codec: Codec | None, key: Key | None = None) -> 
 
 def encode_record(record: object, codec: Codec | None, key: Key | None = None) -> list[Buffer]:
     """The value for a record (``dict`` of arrays), like :func:`encode_array`."""
+    if codec is None:
+        _check_size(nbytes(record), key)
     try:
         head, payloads = safetensors.encode(record)  # type: ignore[arg-type]  # it checks
     except EncodeError as error:
@@ -92,13 +105,27 @@ def encode_record(record: object, codec: Codec | None, key: Key | None = None) -
 
 def _finish(parts: list[bytes | memoryview], codec: Codec | None, key: Key | None) -> list[Buffer]:
     encoded = parts if codec is None else codec.encode(parts)
-    size = sum(map(len, encoded))
+    _check_size(sum(map(len, encoded)), key)
+    return list(encoded)
+
+
+def nbytes(value: object) -> int:
+    """Bytes of an array or record, as far as known without looking at its elements."""
+    if type(value) is np.ndarray:
+        return value.nbytes
+    if isinstance(value, Mapping):
+        return sum(map(nbytes, value.values()))
+    size = getattr(value, "nbytes", 0)
+    return size if isinstance(size, int) else 0
+
+
+def _check_size(size: int, key: Key | None) -> None:
+    """Before the elements of a view (a broadcast one may claim any size) are gathered, and again before sending."""
     if size > MAX_VALUE:
         raise EncodeError(
             f"{size:,} bytes: a server takes {MAX_VALUE:,} in one value (proto-max-bulk-len); store it in parts",
             key=key,
         )
-    return list(encoded)
 
 
 def set_command(key: bytes, value: Sequence[Buffer], options: bytes = b"") -> list[Buffer]:
@@ -134,17 +161,32 @@ class ValueReply(Reply):
 
 
 @lru_cache(64)
-def _rows(header: bytes, nbytes: int, count: int) -> Pattern:
-    head = b"$%d\r\n%b" % (len(header) + nbytes, header)
-    items: list[bytes | int] = [b"*%d\r\n%b" % (count, head), nbytes]
+def _value(header: bytes, size: int) -> Pattern:
+    return Pattern([b"$%d\r\n%b" % (len(header) + size, header), size, b"\r\n"])
+
+
+@lru_cache(64)
+def _values(header: bytes, size: int, count: int) -> Pattern:
+    head = b"$%d\r\n%b" % (len(header) + size, header)
+    items: list[bytes | int] = [b"*%d\r\n%b" % (count, head), size]
     for _ in range(count - 1):
-        items += (b"\r\n" + head, nbytes)
+        items += (b"\r\n" + head, size)
     return Pattern([*items, b"\r\n"])
+
+
+def value_reply(header: bytes, memory: memoryview) -> ValueReply:
+    """What GET answers when the value is ``header`` and as many bytes as ``memory`` has; they go straight there."""
+    return ValueReply(1, Template(_value(header, len(memory)), (memory,)))
 
 
 def rows_reply(header: bytes, rows: Sequence[memoryview]) -> ValueReply:
     """What MGET answers when every value is ``header`` and as many bytes as a row has; they go straight into ``rows``."""
-    return ValueReply(1, Template(_rows(header, len(rows[0]), len(rows)), rows))
+    return ValueReply(1, Template(_values(header, len(rows[0]), len(rows)), rows))
+
+
+def values_reply(header: bytes, memories: Sequence[NDArray[np.uint8]]) -> ValueReply:
+    """Like :func:`rows_reply`, into memory that belongs to nobody yet."""
+    return rows_reply(header, [memory.data for memory in memories])
 
 
 def row_views(batch: NDArray[Any]) -> list[memoryview]:
@@ -159,6 +201,9 @@ def row_views(batch: NDArray[Any]) -> list[memoryview]:
         whole = batch.reshape(-1).view(np.uint8).data
         size = batch.nbytes // len(batch)
         return [whole[start : start + size] for start in range(0, batch.nbytes, size)]
-    if not all(row.flags.c_contiguous for row in batch[:1]):
+    if not batch.size:
+        return [memoryview(bytearray())] * len(batch)
+    rows = [batch[index, ...] for index in range(len(batch))]  # with the dots an axis-less row is a view, too
+    if not rows[0].flags.c_contiguous:
         raise UsageError("out= must be C-contiguous, or have C-contiguous rows: the bytes are received in place")
-    return [npy.as_bytes(row) for row in batch]
+    return [npy.as_bytes(row) for row in rows]

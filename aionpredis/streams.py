@@ -2,17 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from aionpredis.errors import AionpredisError, ServerError
+import anyio
+
+from aionpredis.errors import AionpredisError, ConnectError, ConnectionLost, ServerError
+from aionpredis.pipeline import ATTEMPTS, BACKOFF, FINAL
 from aionpredis.wire import resp
 from aionpredis.wire.resp import Reply
 
 if TYPE_CHECKING:
     from aionpredis.client import Client
+    from aionpredis.wire.connection import Connection
 
-__all__ = ["PAGE", "RIGHT_MAX", "Entry", "is_stale", "last_entry", "last_generated", "page", "read_blocking"]
+__all__ = [
+    "PAGE",
+    "RIGHT_MAX",
+    "Entry",
+    "alone",
+    "ask",
+    "claim",
+    "is_stale",
+    "last_generated",
+    "newest",
+    "page",
+    "read_blocking",
+]
+
+T = TypeVar("T")
 
 Entry = tuple[tuple[int, int], dict[bytes, bytes]]
 
@@ -42,10 +60,9 @@ async def last_generated(client: Client, stream: str) -> tuple[int, int] | None:
     return int(left), int(right)
 
 
-async def last_entry(client: Client, stream: str) -> Entry | None:
-    """The newest entry that is there."""
-    entries = await client.call("XREVRANGE", stream, "+", "-", "COUNT", 1, repeatable=True)
-    return next(_parse(entries), None)
+async def newest(client: Client, stream: str, count: int) -> list[Entry]:
+    """The last ``count`` entries that are there, the newest first."""
+    return list(_parse(await client.call("XREVRANGE", stream, "+", "-", "COUNT", count, repeatable=True)))
 
 
 async def page(client: Client, stream: str, first: str, last: str, count: int = PAGE) -> list[Entry]:
@@ -58,15 +75,58 @@ async def read_blocking(client: Client, stream: str, after: tuple[int, int], cou
 
     By ``XREAD BLOCK`` on a connection of its own. A stream that does not exist yet is waited for.
     """
-    async with client.blocking() as connection:
-        milliseconds = int(client.block_seconds * 1000)
-        command = resp.encode(
-            "XREAD", "COUNT", count, "BLOCK", milliseconds, "STREAMS", stream, f"{after[0]}-{after[1]}"
-        )
-        reply = Reply()
-        await connection.wait(connection.submit(command, reply))
-        found = reply.result()
+    milliseconds = int(client.block_seconds * 1000)
+
+    async def read(connection: Connection) -> Any:
+        command = ("XREAD", "COUNT", count, "BLOCK", milliseconds, "STREAMS", stream, f"{after[0]}-{after[1]}")
+        return (await ask(connection, command))[0]
+
+    found = await alone(client, read)
     return [] if found is None else list(_parse(found[0][1]))
+
+
+async def alone(client: Client, work: Callable[[Connection], Awaitable[T]]) -> T:
+    """``work`` on a connection of its own; repeated, so it must be repeatable, if that breaks: it may have lain idle."""
+    attempt = 0
+    while True:
+        try:
+            async with client.blocking() as connection:
+                return await work(connection)
+        except (ConnectionLost, ConnectError) as error:
+            attempt += 1
+            if attempt >= ATTEMPTS or isinstance(error, FINAL):
+                raise
+            await anyio.sleep(BACKOFF.compute(attempt))
+
+
+async def ask(connection: Connection, *commands: Sequence[Any]) -> list[Any]:
+    """The replies to these commands; raises the first that is an error."""
+    reply = Reply(len(commands))
+    buffers = [buffer for command in commands for buffer in resp.encode(*command)]
+    await connection.wait(connection.submit(buffers, reply))
+    for value in reply.values:
+        if isinstance(value, ServerError):
+            raise value
+    return reply.values
+
+
+async def claim(
+    client: Client, stream: str, left: int, fields: dict[bytes, bytes], *, make: bool = False
+) -> bool | None:
+    """Add the entry ``left-0``: of several callers, whose ``fields`` differ, one succeeds. Whether this one did.
+
+    ``None``: there is no such stream; with ``make`` it is made. A broken connection changes nothing: it is tried again,
+    and who finds his own entry there has succeeded before.
+    """
+    option = () if make else ("NOMKSTREAM",)
+    pairs = [part for pair in fields.items() for part in pair]
+    try:
+        added = await client.call("XADD", stream, *option, f"{left}-0", *pairs, repeatable=True)
+    except ServerError as error:
+        if not is_stale(error):
+            raise
+        return (await page(client, stream, f"{left}-0", f"{left}-0")) == [((left, 0), fields)]
+    return None if added is None else True
 
 
 def is_stale(error: AionpredisError) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -13,7 +13,14 @@ from anyio.abc import TaskGroup
 
 from aionpredis import codecs
 from aionpredis.codecs import Codec
-from aionpredis.errors import ConnectError, ConnectionLost, ServerError, UsageError, WriteFailed
+from aionpredis.errors import (
+    AuthenticationError,
+    ConnectError,
+    ConnectionLost,
+    ServerError,
+    UsageError,
+    WriteFailed,
+)
 from aionpredis.pipeline import ATTEMPTS, BACKOFF
 from aionpredis.requests import (
     Key,
@@ -25,7 +32,7 @@ from aionpredis.requests import (
     ttl_options,
 )
 from aionpredis.wire.connection import Connection
-from aionpredis.wire.resp import Buffer, Reply
+from aionpredis.wire.resp import SMALL, Buffer, Reply
 
 if TYPE_CHECKING:
     from aionpredis.client import Client
@@ -40,24 +47,35 @@ BATCH_ITEMS = 256
 
 
 class _Batch:
-    """Commands that travel together. ``size`` is what it counts for the bound."""
+    """Commands that travel together. ``size`` is what it counts for the bound. Without keys: withdrawn, never sent again."""
 
-    __slots__ = ("arena", "buffers", "keys", "reply", "size", "used")
+    __slots__ = ("arena", "buffers", "keys", "reply", "settled", "size", "used")
 
-    def __init__(self, arena: bytearray | None) -> None:
+    def __init__(self, arena: memoryview | None) -> None:
         self.arena = arena  # snapshots lie here, one behind the other; None: memory is borrowed
         self.used = 0
         self.size = 0 if arena is None else len(arena)
         self.keys: list[Key] = []
         self.buffers: list[Buffer] = []
         self.reply: Reply | None = None
+        self.settled = False
 
-    def fits(self, size: int) -> bool:
-        """Whether a snapshot of another command has room."""
-        return self.arena is not None and self.used + size <= len(self.arena) and len(self.keys) < BATCH_ITEMS
+    def snapshot(self, key: Key, command: Sequence[Buffer], size: int) -> bool:
+        """Copy a command of ``size`` bytes behind the others; ``False`` if there is no room."""
+        at = self.used
+        if self.arena is None or at + size > len(self.arena) or len(self.keys) >= BATCH_ITEMS:
+            return False
+        arena = self.arena
+        for buffer in command:
+            end = at + len(buffer)
+            arena[at:end] = buffer
+            at = end
+        self.used = at
+        self.keys.append(key)
+        return True
 
     def commands(self) -> list[Buffer]:
-        return self.buffers if self.arena is None else [memoryview(self.arena)[: self.used]]
+        return self.buffers if self.arena is None else [self.arena[: self.used]]
 
 
 class Writer:
@@ -90,12 +108,14 @@ class Writer:
         self._codec = client.codec if codec is None else codecs.resolve(codec)
         # At least two batches fit the bound, so that one travels while the next is filled.
         self._arena_size = min(BATCH_BYTES, max(1, max_inflight // 2))
-        self._arenas: list[bytearray] = []
+        self._arenas: list[memoryview] = []
         self._current: _Batch | None = None
         self._queued: deque[_Batch] = deque()
         self._inflight: deque[_Batch] = deque()
         self._held = 0
         self._failures: list[tuple[Key, Exception]] = []
+        self._last: _Batch | None = None  # the one that was queued last; they are settled in order
+        self._closed = False
         self._connection: Connection | None = None
         self._tasks: TaskGroup | None = None
         self._work = anyio.Event()
@@ -123,9 +143,11 @@ class Writer:
                 except WriteFailed as failure:
                     failed = failure
         finally:
-            self._tasks.cancel_scope.cancel()
+            self._closed = True
+            self._room.set()
             self._abandon()
-            await self._tasks.__aexit__(*((kind, error, trace) if cancelled else (None, None, None)))
+            self._tasks.cancel_scope.cancel()
+            await self._tasks.__aexit__(None, None, None)  # the pump raises nothing, so neither does this
         if failed is not None:
             if error is None:
                 raise failed
@@ -140,87 +162,99 @@ class Writer:
     async def put(self, key: Key, array: object, *, ttl: float | None = None) -> None:
         """Accept an array for storing under ``key``; waits while ``max_inflight`` bytes are held.
 
-        An array longer than half of the bound is not copied: its call returns when it is stored.
+        An array longer than half of the bound is not copied: its call returns when it is stored (or has failed, which the
+        next call reports). Cancelled, the call has stored the array or not.
 
         Raises:
             EncodeError: it cannot be stored; nothing was accepted.
             WriteFailed: items put before could not be stored. Each is reported once. This one was **not** accepted.
         """
         if self._codec is None:
-            await self._put(key, encode_array(array, None, key), ttl)
+            value = encode_array(array, None, key)
         else:
-            await self._put(key, await self._client.encode_value(encode_array, array, self._codec, key), ttl)
+            value = await self._client.encode_value(encode_array, array, self._codec, key)
+        command, size = self._command(key, value, ttl)
+        # The way that most puts take, without a second coroutine: 0.3 of 4 µs.
+        batch = self._current
+        if batch is None or not batch.keys or not self._copy or not batch.snapshot(key, command, size):
+            await self._accept(key, command, size)
 
     async def put_record(self, key: Key, record: Mapping[str, object], *, ttl: float | None = None) -> None:
         """Accept a record; otherwise like :meth:`put`."""
-        await self._put(key, await self._client.encode_value(encode_record, record, self._codec, key), ttl)
+        value = await self._client.encode_value(encode_record, record, self._codec, key)
+        await self._accept(key, *self._command(key, value, ttl))
 
     async def flush(self) -> None:
-        """Return when everything that was put is stored.
+        """Return when everything that was put before is stored.
 
         Raises:
             WriteFailed: what could not be stored, unless it was reported before.
         """
         self._close_batch()
-        while self._held or self._queued or self._inflight:
-            await self._wait_for_room()
+        if self._last is not None:
+            await self._until_settled(self._last)
         self._report()
 
-    async def _put(self, key: Key, value: list[Buffer], ttl: float | None) -> None:
-        if self._tasks is None:
-            raise UsageError("use the writer inside of its `async with` block")
-        options = self._options if ttl is None else ttl_options(ttl)
-        commands = set_command(key_bytes(key), value, options)
-        size = sum(map(len, commands))
+    def _command(self, key: Key, value: list[Buffer], ttl: float | None) -> tuple[list[Buffer], int]:
+        """The command for an item, and its bytes; raises what has to be reported before the item is accepted."""
+        self._check_open()
+        command = set_command(key_bytes(key), value, self._options if ttl is None else ttl_options(ttl))
         if self._failures:
             self._report()
+        return command, sum(map(len, command))
+
+    async def _accept(self, key: Key, commands: list[Buffer], size: int) -> None:
         if not self._copy or size > self._bound // 2:
             await self._borrow(key, commands, size)
             return
         batch = self._current
-        if batch is None or not batch.fits(size):
+        while batch is None or not batch.snapshot(key, commands, size):
             batch = await self._next_batch(size)
-        assert batch.arena is not None
-        at = batch.used
-        for buffer in commands:
-            end = at + len(buffer)
-            batch.arena[at:end] = buffer
-            at = end
-        batch.used = at
-        batch.keys.append(key)
         if len(batch.keys) == 1 and not self._inflight:
             self._work.set()
 
     async def _next_batch(self, size: int) -> _Batch:
-        """Send the current batch; one with room for ``size`` bytes."""
+        """Send the current batch; another one, most likely with room for ``size`` bytes."""
         self._close_batch()
         await anyio.lowlevel.checkpoint()
-        size = max(size, self._arena_size)
-        while self._current is None and self._held and self._held + size > self._bound:
+        self._check_open()
+        length = max(size, self._arena_size)
+        while self._held and self._held + length > self._bound:
             await self._wait_for_room()
-        if self._current is not None:  # another task has begun one meanwhile
-            return self._current if self._current.fits(size) else await self._next_batch(size)
-        pooled = size == self._arena_size and self._arenas
-        self._current = batch = _Batch(self._arenas.pop() if pooled else bytearray(size))
-        self._held += batch.size
+            if self._current is not None:
+                return self._current  # another task has begun one meanwhile
+        self._close_batch()
+        if length > self._arena_size:
+            self._arenas.clear()  # else they and the large ones would be twice the bound
+        pooled = length == self._arena_size and self._arenas
+        self._current = batch = _Batch(self._arenas.pop() if pooled else memoryview(bytearray(length)))
+        self._held += length
         return batch
 
     async def _borrow(self, key: Key, commands: list[Buffer], size: int) -> None:
         """Accept without a copy. If a copy was promised, the call lasts until the bytes are stored."""
-        self._close_batch()
         while self._held and self._held + size > self._bound:
+            self._close_batch()
             await self._wait_for_room()
+        if self._copy:
+            self._close_batch()  # another task's snapshots
         batch = self._current
         if batch is None:
             self._current = batch = _Batch(None)
+        if batch.buffers and len(batch.buffers[-1]) < SMALL:
+            # The end of one command and the begin of the next as one buffer: a third fewer for the kernel.
+            commands = [bytes(batch.buffers.pop()) + bytes(commands[0]), *commands[1:]]
         batch.buffers += commands
         batch.keys.append(key)
         batch.size += size
         self._held += size
         if self._copy:
             self._close_batch()
-            while batch in self._queued or batch in self._inflight:
-                await self._wait_for_room()
+            try:
+                await self._until_settled(batch)
+            except BaseException:
+                self._withdraw(batch)
+                raise
         elif batch.size >= BATCH_BYTES or len(batch.keys) >= BATCH_ITEMS:
             self._close_batch()
             await anyio.lowlevel.checkpoint()
@@ -230,6 +264,7 @@ class Writer:
     def _close_batch(self) -> None:
         batch, self._current = self._current, None
         if batch is not None:
+            self._last = batch
             self._queued.append(batch)
             self._submit()
             self._work.set()
@@ -239,13 +274,24 @@ class Writer:
         connection = self._connection
         while self._queued and connection is not None and connection.lost is None:
             batch = self._queued[0]
-            batch.reply = connection.submit(batch.commands(), ok_reply(len(batch.keys)))
+            if batch.keys:
+                batch.reply = connection.submit(batch.commands(), ok_reply(len(batch.keys)))
             self._inflight.append(self._queued.popleft())
 
+    async def _until_settled(self, batch: _Batch) -> None:
+        while not batch.settled:
+            await self._wait_for_room()
+
     async def _wait_for_room(self) -> None:
+        self._check_open()
         if self._room.is_set():
             self._room = anyio.Event()
         await self._room.wait()
+        self._check_open()
+
+    def _check_open(self) -> None:
+        if self._tasks is None or self._closed:
+            raise UsageError("use the writer inside of its `async with` block")
 
     async def _pump(self) -> None:
         """Settle the batches in flight, in order, and send the current one when nothing else travels."""
@@ -259,40 +305,56 @@ class Writer:
                     await self._work.wait()
                 continue
             try:
-                self._connection = await self._client.connection()
+                connection = await self._client.connection()
+                if connection is not self._connection:
+                    self._requeue()
+                    self._connection = connection
                 self._submit()
                 batch = self._inflight[0]
-                assert batch.reply is not None
-                await self._connection.wait(batch.reply)
-            except (ConnectionLost, ConnectError) as error:
+                if batch.reply is not None:
+                    await connection.wait(batch.reply)
+            except Exception as error:
+                self._requeue()
                 attempt += 1
-                # Storing the same values again is harmless; in order, so that the last put of a key wins.
-                self._connection = None
-                self._queued.extendleft(reversed(self._inflight))
-                self._inflight.clear()
-                if attempt < ATTEMPTS:
+                repeatable = isinstance(error, ConnectionLost | ConnectError)
+                if repeatable and attempt < ATTEMPTS and not isinstance(error, AuthenticationError):
                     await anyio.sleep(BACKOFF.compute(attempt))
                 else:
                     attempt = 0
                     self._give_up(error)
             else:
                 attempt = 0
-                self._inflight.popleft()
-                self._settle(batch, batch.reply)
+                self._settle(self._inflight.popleft())
+
+    def _requeue(self) -> None:
+        """The connection broke. What was in flight goes first again, so that the last put of a key wins.
+
+        Storing the same values twice is harmless.
+        """
+        connection, self._connection = self._connection, None
+        for batch in self._inflight:
+            if batch.reply is not None and connection is not None:
+                connection.abandon(batch.reply)
+            batch.reply = None
+        self._queued.extendleft(reversed(self._inflight))
+        self._inflight.clear()
 
     def _give_up(self, error: Exception) -> None:
-        for batch in self._queued:
+        while self._queued:
+            batch = self._queued.popleft()
             self._failures += ((key, error) for key in batch.keys)
             self._free(batch)
-        self._queued.clear()
 
-    def _settle(self, batch: _Batch, reply: Reply) -> None:
-        for key, value in zip(batch.keys, reply.values, strict=False):
-            if isinstance(value, ServerError):
-                self._failures.append((key, value))
+    def _settle(self, batch: _Batch) -> None:
+        if batch.reply is not None and batch.reply.values:  # not as predicted: one of them at least was refused
+            for key, value in zip(batch.keys, batch.reply.values, strict=False):
+                if isinstance(value, ServerError):
+                    value.command, value.key = "SET", key
+                    self._failures.append((key, value))
         self._free(batch)
 
     def _free(self, batch: _Batch) -> None:
+        batch.settled = True
         self._held -= batch.size
         if batch.arena is not None and len(batch.arena) == self._arena_size:
             self._arenas.append(batch.arena)
@@ -303,9 +365,13 @@ class Writer:
         if failures:
             raise WriteFailed(failures)
 
+    def _withdraw(self, batch: _Batch) -> None:
+        """Let go of a batch's borrowed memory, wherever it is. It stays in its place, empty, until it is settled."""
+        batch.keys, batch.buffers = [], []
+        if batch.reply is not None and self._connection is not None:
+            self._connection.abandon(batch.reply)
+
     def _abandon(self) -> None:
         """Let go of all borrowed memory; only after a cancellation is there any left."""
-        if self._connection is not None:
-            for batch in self._inflight:
-                if batch.reply is not None:
-                    self._connection.abandon(batch.reply)
+        for batch in (*self._inflight, *self._queued):
+            self._withdraw(batch)

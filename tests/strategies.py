@@ -63,6 +63,11 @@ def same(left: NDArray[Any], right: NDArray[Any]) -> bool:
     return left.tobytes() == right.tobytes()
 
 
+def equal(got: object, expected: NDArray[Any]) -> bool:
+    """Same shape and values; ``None`` equals nothing."""
+    return isinstance(got, np.ndarray) and np.array_equal(got, expected)
+
+
 def writable(*parts: bytes | memoryview) -> memoryview:
     """The parts joined, in new writable memory that is aligned to 64 bytes, as the client receives a value."""
     joined = np.frombuffer(b"".join(parts), np.uint8)

@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from ..errors import CorruptValue, EncodeError
 from ..memory import ALIGNMENT, aligned_empty
 
-__all__ = ["MAGIC", "Header", "as_array", "decode", "encode", "header_bytes", "parse_header"]
+__all__ = ["MAGIC", "Header", "as_array", "decode", "encode", "header_bytes", "over", "parse_header"]
 
 MAGIC = b"\x93NUMPY"
 
@@ -249,3 +249,8 @@ def decode(value: memoryview) -> NDArray[Any]:
         payload[:] = value[size:]
         value, size = payload, 0
     return np.ndarray(shape, dtype, value, size, None, "F" if fortran else "C")
+
+
+def over(header: Header, payload: NDArray[np.uint8]) -> NDArray[Any]:
+    """The array that ``header`` describes, over memory that holds its payload and nothing else."""
+    return np.ndarray(header.shape, header.dtype, payload, 0, None, "F" if header.fortran else "C")

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from aionpredis.errors import ReplayGone, UsageError
+from aionpredis.errors import ReplayGone, ServerFull, UsageError
 from aionpredis.policy import Policy
 from aionpredis.replay import runs
 from aionpredis.replay.actor import Actor, ActorStats
 from aionpredis.replay.log import Begin as Run
-from aionpredis.replay.log import LogReader, Names
+from aionpredis.replay.log import ChunkId, LogReader, Names
 from aionpredis.replay.reader import Batches, EpochSource, FollowSource, ReadStats
 from aionpredis.replay.schema import Schema
 
@@ -79,19 +79,28 @@ class Replay:
         """Begin the next run, with ``weights`` as its policy; delete the data of all but the newest ``keep`` runs.
 
         From its return on, the server refuses every commit to an older run, from whichever host. Actors notice with
-        their next commit (:class:`RunEnded`).
+        their next commit (:class:`RunEnded`). If the server's memory is full, the data of the oldest run is deleted
+        before, and of the next, until there is room.
 
         Raises:
             RunConflict: another trainer began this run.
+            ReplayGone: the replay was deleted meanwhile.
             ReplayError: the server may evict keys by itself.
-            ServerFull: no memory is left for the log or the policy.
+            ServerFull: no memory is left for the log or the policy, and no run to delete.
         """
         if keep < 1:
             raise UsageError(f"keep is at least 1, the run that is begun; not {keep}")
+        await runs.check_eviction(self._client, self._names)
         version = 0
-        if weights is not None:
-            version = await self.policy.publish(weights)
-        run = await runs.begin(self._client, self._names, policy=version, schema=self.schema.digest)
+        while True:
+            try:
+                if weights is not None and not version:
+                    version = await self.policy.publish(weights)
+                run = await runs.begin(self._client, self._names, policy=version, schema=self.schema.digest)
+                break
+            except ServerFull:  # for SET and XADD; UNLINK is not refused
+                if not await runs.delete_oldest(self._client, self._names):
+                    raise
         await runs.delete_below(self._client, self._names, run.run - keep + 1)
         return run
 
@@ -102,6 +111,17 @@ class Replay:
     async def delete_runs_before(self, run: int | Run) -> int:
         """Delete the data of all runs before this one; how many chunks were deleted. Finishes what a crash interrupted."""
         return await runs.delete_below(self._client, self._names, _number(run))
+
+    async def delete(self) -> None:
+        """Delete the replay: the data of all runs, the policy, and the log at last. After a crash, call it again.
+
+        From its first step on the server refuses every commit. Actors get :class:`ReplayGone` or :class:`RunEnded`; one
+        that calls ``join()`` then waits until a trainer begins a replay of this name anew.
+        """
+        await runs.close(self._client, self._names)
+        await runs.delete_below(self._client, self._names, runs.CLOSED)
+        await self.policy.delete()
+        await self._client.call("UNLINK", self._names.log, repeatable=True)
 
     async def leftover_keys(self, before: int | Run) -> list[bytes]:
         """Data keys of runs before this one that are still there. Of deleted runs there is none after one lease.
@@ -126,7 +146,9 @@ class Replay:
     async def count(self, run: int | Run | None = None) -> int:
         """How many transitions are committed to the run (default: the newest)."""
         log = LogReader(self._client, self._names, await self._run(run))
-        return sum(chunk.rows for chunk in await log.read_all())
+        chunks: list[ChunkId] = []
+        await log.read_all(chunks)
+        return sum(chunk.rows for chunk in chunks)
 
     async def epoch(
         self,
@@ -136,6 +158,7 @@ class Replay:
         shuffle: bool = True,
         seed: int | None = None,
         drop_last: bool = False,
+        after: Batches | None = None,
     ) -> Batches:
         """Everything that is committed to the run (default: the newest) now, each transition once, in batches::
 
@@ -143,9 +166,16 @@ class Replay:
                 train(batch["state"], batch["action"])
 
         ``shuffle``: chunks in random order, the same for the same ``seed`` and content; the transitions within a chunk
-        stay together. ``drop_last``: leave out a last, shorter batch.
+        stay together. ``drop_last``: leave out a last, shorter batch. ``after``: an earlier reader of this run that has
+        come to its end; what it has read is left out.
         """
-        log = LogReader(self._client, self._names, await self._run(run))
+        number = await self._run(run)
+        if after is None:
+            log = LogReader(self._client, self._names, number)
+        elif after.run == number:
+            log = after.log
+        else:
+            raise UsageError(f"after= has read run {after.run}, not {number}")
         source = EpochSource(log, np.random.default_rng(seed) if shuffle else None)
         return self._batches(log, source, batch, drop_last)
 

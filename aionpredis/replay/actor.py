@@ -7,7 +7,7 @@ import os
 import time
 from collections import deque
 from collections.abc import Awaitable, Generator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +27,7 @@ from aionpredis.errors import (
     ServerFull,
     UsageError,
 )
-from aionpredis.pipeline import ATTEMPTS, BACKOFF
+from aionpredis.pipeline import ATTEMPTS, BACKOFF, FINAL
 from aionpredis.replay import runs
 from aionpredis.replay.chunk import ChunkBuffer, make_rows
 from aionpredis.replay.log import FIELD, Begin, ChunkId, Names, pack
@@ -45,14 +45,17 @@ BUFFERS = 4
 """Chunk buffers that circulate in one actor: one is filled while three travel. Few stay in the CPU's cache: copying a
 12.8 kB state costs 0.7 µs with 4 of 205 kB, 1.4 with 64."""
 
+MAX_EXPONENT = 10
+"""From here on the pauses between attempts do not grow anyway, and ``2**attempt`` would become too large for a float."""
+
 
 @dataclass
 class ActorStats:
     """Transitions, counted over all runs: ``appended == acknowledged + stale + pending``.
 
     ``acknowledged``: committed to the log, in the primary's memory. ``stale``: of a run that ended before they were
-    committed. ``pending``: appended and neither. ``chunks``: committed. ``waits``: how often an append had to wait
-    because all buffers were travelling.
+    committed, or given up after an error (and then perhaps committed). ``pending``: appended and neither. ``chunks``:
+    committed. ``waits``: how often an append had to wait because all buffers were travelling.
     """
 
     appended: int = 0
@@ -82,6 +85,7 @@ class _Step(enum.Enum):
     LOG = "XADD"
     KEEP = "PERSIST"
     CHECK = "EXISTS"
+    FIND = "XREVRANGE"
     DROP = "UNLINK"
 
 
@@ -91,7 +95,7 @@ class _Commit:
     Every data key is either named in the log or has a time to live, whatever dies when.
     """
 
-    __slots__ = ("buffer", "chunk", "key", "leased", "reply", "run", "step", "value")
+    __slots__ = ("buffer", "chunk", "key", "leased", "repeated", "reply", "run", "searched", "step", "value")
 
     def __init__(self, buffer: ChunkBuffer, run: int, key: bytes, chunk: ChunkId) -> None:
         self.buffer = buffer
@@ -100,6 +104,8 @@ class _Commit:
         self.chunk = chunk
         self.value = Blob(buffer.value(chunk.rows))
         self.leased = 0.0  # when the lease was last begun anew
+        self.repeated = False  # it was there already, so it may be in the log, too
+        self.searched = f"{run}-{streams.RIGHT_MAX}"  # the log was searched for it down to this entry
         self.reply: Reply | None = None
         self.step = _Step.SET
 
@@ -135,7 +141,6 @@ class Actor:
         buffers: int = BUFFERS,
     ) -> None:
         self.name = name
-        self.stats = ActorStats()
         self.run: Begin | None = None
         """The run that is appended to; ``None`` before :meth:`join` and after :class:`RunEnded`."""
         self.incarnation = os.urandom(8)
@@ -146,7 +151,9 @@ class Actor:
         self._length = chunk
         self._lease = lease
         self._seq = 0
-        self._last_run = 0
+        self._numbered = 0  # the run whose chunks _seq counts
+        self._last_run = 0  # join() waits for a newer one
+        self._stats = ActorStats()
         self._free = [ChunkBuffer(schema, chunk) for _ in range(buffers)]
         self._current: ChunkBuffer | None = None
         self._commits: deque[_Commit] = deque()  # in the order of their requests on the connection
@@ -158,18 +165,26 @@ class Actor:
         self._tasks: TaskGroup | None = None
         self._work = anyio.Event()
         self._settled = anyio.Event()
-        self._rows = make_rows(schema, full=self._chunk_full, full_error=self._no_room, done=_Done())
+        self._unawaited = False
+        self._rows = make_rows(schema, full=self._chunk_full, late=self._late, done=_Done())
         self.append = self._rows.append
         """``append(*, column=value, …) -> Awaitable[None]``: add one transition; keyword arguments as in the schema.
 
-        Always ``await`` it. It copies the values, so observation buffers may be reused at once.
+        Always ``await`` it. It copies the values, so observation buffers may be reused at once. A cancelled ``append``
+        may have added its transition.
 
         Raises:
-            EncodeError: a value has the wrong shape or dtype; nothing was added.
+            EncodeError: a value has the wrong shape or dtype, or does not fit; nothing was added.
             TypeError: a column is missing, or there is no such column.
             RunEnded: a newer run has begun; what was not committed is stale. ``join()`` before appending again.
-            ConnectionLost, ServerError: the server could not be reached again, or refused. Nothing acknowledged is lost.
+            ConnectionLost, ConnectError, ServerError: the server could not be reached again, or refused; what was not
+                acknowledged is given up. ``join()`` goes on in the same run. (A full server is waited for.)
         """
+
+    @property
+    def stats(self) -> ActorStats:
+        """What was appended so far, and what became of it."""
+        return replace(self._stats, appended=self._stats.appended + self._rows.count())
 
     async def __aenter__(self) -> Actor:
         if self._tasks is not None:
@@ -183,10 +198,10 @@ class Actor:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> bool | None:
         assert self._tasks is not None
-        cancelled = error is not None and not isinstance(error, Exception)
+        cancelled = isinstance(error, anyio.get_cancelled_exc_class())
         failure: AionpredisError | None = None
         try:
-            if not cancelled and self.run is not None:
+            if self.run is not None and (error is None or isinstance(error, Exception)):
                 try:
                     await self.flush()
                 except AionpredisError as caught:
@@ -218,21 +233,30 @@ class Actor:
                 await self.flush()
             except RunEnded:
                 pass
+            else:
+                self._commit_current()  # nothing is in it: its buffer is free again
+                self.run = None
         while self._commits or self._backlog:
             await self._wait_settled()
         self._failure, self._ended, self._gone = None, False, False
+        fruitless = 0
         while True:
             begin = await runs.latest(self._client, self._names)
             if begin is not None and begin.run > self._last_run:
                 break
-            await streams.read_blocking(self._client, self._names.log, (self._last_run, streams.RIGHT_MAX), 1)
+            if fruitless > 1:  # the log has gone on without a run: it is being deleted
+                await anyio.sleep(BACKOFF.compute(min(fruitless, MAX_EXPONENT)))
+            after = (self._last_run, streams.RIGHT_MAX)
+            fruitless += bool(await streams.read_blocking(self._client, self._names.log, after, 1))
         if begin.schema != self._schema.digest:
             raise SchemaMismatch(
                 f"run {begin.run} of {self._names.name!r} was begun with other columns than {self._schema!r}",
                 replay=self._names.name,
                 run=begin.run,
             )
-        self.run, self._last_run, self._seq = begin, begin.run, 0
+        if self._numbered != begin.run:
+            self._numbered, self._seq = begin.run, 0
+        self.run, self._last_run = begin, begin.run
         self._begin_chunk()
         return begin
 
@@ -242,17 +266,26 @@ class Actor:
         self._current = self._free.pop()
         self._rows.switch(self._current.columns, self._length)
 
-    def _no_room(self) -> None:
+    def _late(self, **values: object) -> Awaitable[None]:
+        """There is no row to write."""
         if self.run is None:
-            raise UsageError("no run to append to: `await actor.join()` first, and again after RunEnded")
-        raise UsageError("await each append(): the last one is still waiting for a free buffer")
+            raise UsageError("no run to append to: `await actor.join()` first, and again after an error")
+        if self._unawaited:
+            raise UsageError("await each append(): the last one has to wait for a free buffer")
+        return self._append_later(values)
+
+    async def _append_later(self, values: dict[str, object]) -> None:
+        """The append or flush before this one was cancelled while it waited."""
+        await self._wait_for_buffer()
+        await self.append(**values)
 
     def _chunk_full(self) -> Awaitable[None]:
         self._commit_current()
         if self._free:
             self._begin_chunk()
             return self._pause()
-        self.stats.waits += 1
+        self._stats.waits += 1
+        self._unawaited = True
         return self._wait_for_buffer()
 
     def _commit_current(self) -> None:
@@ -266,9 +299,9 @@ class Actor:
         if not rows:
             self._free.append(buffer)
             return
-        self.stats.appended += rows
+        self._stats.appended += rows
         if self._over:
-            self.stats.stale += rows
+            self._stats.stale += rows
             self._free.append(buffer)
             return
         chunk = ChunkId(self.incarnation, self._seq, rows, buffer.episode_ends(rows))
@@ -284,11 +317,14 @@ class Actor:
         self._check()
 
     async def _wait_for_buffer(self) -> None:
+        self._unawaited = False
         self._check()
-        while not self._free:
-            await self._wait_settled()
-            self._check()
-        self._begin_chunk()
+        while self._current is None:
+            if self._free:
+                self._begin_chunk()
+            else:
+                await self._wait_settled()
+                self._check()
 
     @property
     def _over(self) -> bool:
@@ -303,6 +339,7 @@ class Actor:
         self._commit_current()
         self.run = None
         if self._failure is not None:
+            self._last_run = run.run - 1
             raise self._failure
         if self._gone:
             raise ReplayGone(f"the log of {name!r} was deleted", replay=name, run=run.run)
@@ -313,7 +350,7 @@ class Actor:
 
         Raises:
             RunEnded: a newer run has begun; what was not committed is stale.
-            ConnectionLost, ServerError: as for :attr:`append`.
+            ConnectionLost, ConnectError, ServerError: as for :attr:`append`.
         """
         if self.run is None:
             raise UsageError("no run to flush to: `await actor.join()` first")
@@ -331,7 +368,7 @@ class Actor:
     # --- committing --------------------------------------------------------------------------------------------------
 
     async def _commit_loop(self) -> None:
-        attempt = 0
+        attempt = refused = 0
         while True:
             if not (self._commits or self._backlog):
                 self._work = anyio.Event()
@@ -344,17 +381,20 @@ class Actor:
                 assert commit.reply is not None
                 await connection.wait(commit.reply)
                 self._commits.popleft()
-                self._advance(commit, commit.reply.values[0])
                 attempt = 0
-            except (ConnectionLost, ConnectError, ServerFull) as error:
+                self._advance(commit, commit.reply.values[0])
+                refused = 0
+            except ServerFull:  # until there is room: meanwhile append() waits
+                refused += 1
+                await anyio.sleep(BACKOFF.compute(min(refused, MAX_EXPONENT)))
+            except (ConnectionLost, ConnectError) as error:
                 attempt += 1
-                if not isinstance(error, ServerFull):
-                    self._start_again()
-                    if attempt >= ATTEMPTS:
-                        self._fail(error)
-                        attempt = 0
-                        continue
-                await anyio.sleep(BACKOFF.compute(attempt))
+                self._start_again()
+                if attempt >= ATTEMPTS or isinstance(error, FINAL):
+                    self._fail(error)
+                    attempt = 0
+                else:
+                    await anyio.sleep(BACKOFF.compute(attempt))
             except ServerError as error:
                 self._fail(error)
 
@@ -377,10 +417,10 @@ class Actor:
 
     def _settle(self, commit: _Commit, *, stale: bool) -> None:
         if stale:
-            self.stats.stale += commit.chunk.rows
+            self._stats.stale += commit.chunk.rows
         else:
-            self.stats.acknowledged += commit.chunk.rows
-            self.stats.chunks += 1
+            self._stats.acknowledged += commit.chunk.rows
+            self._stats.chunks += 1
         self._free.append(commit.buffer)
         self._settled.set()
 
@@ -392,6 +432,8 @@ class Actor:
 
     def _command(self, commit: _Commit) -> list[resp.Buffer]:
         lease = round(self._lease * 1000)
+        if commit.step is _Step.LOG and time.monotonic() - commit.leased > self._lease / 2:
+            commit.step = _Step.RENEW  # else the key could be gone between XADD and PERSIST
         match commit.step:
             case _Step.SET:
                 commit.leased = time.monotonic()
@@ -403,6 +445,10 @@ class Actor:
             case _Step.LOG:
                 entry = pack(commit.chunk)
                 return resp.encode("XADD", self._names.log, "NOMKSTREAM", f"{commit.run}-*", FIELD, entry)
+            case _Step.FIND:
+                return resp.encode(
+                    "XREVRANGE", self._names.log, commit.searched, f"{commit.run}-1", "COUNT", streams.PAGE
+                )
             case step:
                 return resp.encode(step.value, commit.key)
 
@@ -412,13 +458,14 @@ class Actor:
             value.command = commit.step.value
             if commit.step is _Step.LOG and streams.is_stale(value):
                 self._ended = True
-                self._queue(commit, _Step.DROP)
+                self._queue(commit, _Step.FIND if commit.repeated else _Step.DROP)
                 return
             self._queue(commit, commit.step)
             raise value
         match commit.step:
             case _Step.SET:
-                self._queue(commit, _Step.LOG if value is not None else _Step.RENEW)
+                commit.repeated = value is None
+                self._queue(commit, _Step.RENEW if commit.repeated else _Step.LOG)
             case _Step.RENEW:
                 self._queue(commit, _Step.LOG if value else _Step.SET)
             case _Step.LOG if value is None:
@@ -432,11 +479,16 @@ class Actor:
                 self._queue(commit, _Step.CHECK)
             case _Step.CHECK:  # the lease ran out before PERSIST
                 self._queue(commit, _Step.SET)
+            case _Step.FIND if any(fields == [FIELD, pack(commit.chunk)] for _, fields in value):
+                self._queue(commit, _Step.KEEP)  # the run ended after that; its data may still be wanted
+            case _Step.FIND if len(value) == streams.PAGE:
+                commit.searched = f"({value[-1][0].decode()}"
+                self._queue(commit, _Step.FIND)
+            case _Step.FIND:
+                self._queue(commit, _Step.DROP)
             case _Step.DROP:
                 self._settle(commit, stale=True)
 
     def _queue(self, commit: _Commit, step: _Step) -> None:
-        if step is _Step.LOG and time.monotonic() - commit.leased > self._lease / 2:
-            step = _Step.RENEW  # else the key could be gone between XADD and PERSIST
         commit.step = step
         self._backlog.append(commit)

@@ -7,6 +7,7 @@ packed: 1 M entries take 23 MB on the server instead of 36, and a new reader has
 from __future__ import annotations
 
 import struct
+from collections import deque
 from typing import TYPE_CHECKING, NamedTuple
 
 from aionpredis import streams
@@ -123,34 +124,42 @@ class LogReader:
 
     async def read(self, *, wait: bool) -> list[ChunkId]:
         """Chunks committed since the last call; with ``wait``, at least one, unless the run ended or seconds passed."""
-        entries = await streams.page(
-            self._client, self._names.log, f"({self._cursor[0]}-{self._cursor[1]}", f"{self.run}-{streams.RIGHT_MAX}"
-        )
+        entries = await self._page()
         if not entries and wait and not self.ended:
             entries = await streams.read_blocking(self._client, self._names.log, self._cursor)
-            if not entries and await streams.last_generated(self._client, self._names.log) is None:
-                self.ended = True
+            if not entries:
+                last = await streams.last_generated(self._client, self._names.log)
+                self.ended = last is None or last[0] > self.run
+        return self._take(entries)
+
+    async def read_all(self, chunks: list[ChunkId] | deque[ChunkId]) -> None:
+        """Append all chunks committed since the last call, up to now. Cancelled, it can be called again."""
+        while True:
+            entries = await self._page()
+            chunks.extend(self._take(entries))
+            if len(entries) < streams.PAGE:
+                return
+
+    async def _page(self) -> list[streams.Entry]:
+        left, right = self._cursor
+        return await streams.page(
+            self._client, self._names.log, f"({left}-{right}", f"{self.run}-{streams.RIGHT_MAX}", streams.PAGE
+        )
+
+    def _take(self, entries: list[streams.Entry]) -> list[ChunkId]:
+        """The chunks that are new."""
+        if entries and entries[-1][0][0] != self.run:
+            self.ended = True
+        # All are unpacked before anything is noted: an error leaves everything as it was.
+        present = [unpack(fields.get(FIELD, b""), right) for (left, right), fields in entries if left == self.run]
         chunks: list[ChunkId] = []
-        for entry_id, fields in entries:
-            if entry_id[0] != self.run:
-                self.ended = True
-                break
-            self._cursor = entry_id
-            chunk = unpack(fields.get(FIELD, b""), entry_id[1])
+        for chunk in present:
+            self._cursor = self.run, chunk.entry
             if self._seen.setdefault(chunk.incarnation, Seen()).add(chunk.seq):
                 chunks.append(chunk)
             else:
                 self.duplicates += 1
         return chunks
-
-    async def read_all(self) -> list[ChunkId]:
-        """All chunks committed since the last call, and up to now."""
-        chunks: list[ChunkId] = []
-        while True:
-            before = self._cursor
-            chunks += await self.read(wait=False)
-            if self._cursor == before:
-                return chunks
 
     @property
     def gaps(self) -> int:

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from aionpredis import codecs, streams
-from aionpredis.errors import SchemaMismatch
+from aionpredis.errors import SchemaMismatch, ServerError
 from aionpredis.formats import safetensors
 from aionpredis.formats.safetensors import Layout
 from aionpredis.memory import aligned_empty
@@ -64,6 +64,7 @@ class EpochSource:
     def __init__(self, log: LogReader, rng: np.random.Generator | None) -> None:
         self._log = log
         self._rng = rng
+        self._found: list[ChunkId] = []
         self._chunks: Iterator[ChunkId] | None = None
 
     def take(self) -> ChunkId | None:
@@ -72,7 +73,8 @@ class EpochSource:
     async def more(self) -> bool:
         if self._chunks is not None:
             return False
-        chunks = await self._log.read_all()
+        await self._log.read_all(self._found)
+        chunks, self._found = self._found, []
         order = range(len(chunks)) if self._rng is None else self._rng.permutation(len(chunks))
         self._chunks = iter([chunks[index] for index in order])
         return True
@@ -93,7 +95,7 @@ class FollowSource:
             self._chunks += await self._log.read(wait=True)
             if self._chunks:
                 return True
-        self._chunks += await self._log.read_all()  # what came between the last look and the end
+        await self._log.read_all(self._chunks)  # what came between the last look and the end
         return bool(self._chunks)
 
 
@@ -137,6 +139,7 @@ class _Wanted:
     chunk: ChunkId
     key: bytes
     places: list[_Place] = field(default_factory=list)
+    lost: bool = False
 
 
 @lru_cache(256)
@@ -167,8 +170,19 @@ class Batches:
         self._size = batch
         self._drop_last = drop_last
         self._pipeline: Pipeline[_Wanted] = Pipeline(client)
+        self._arrived: tuple[_Wanted, NDArray[np.uint8] | None] | None = None  # has to be placed yet
         self._batches: deque[_Batch] = deque()
         self._layouts: dict[int, Layout] = {}  # by rows: what chunks of that length have looked like
+
+    @property
+    def run(self) -> int:
+        """The run that is read."""
+        return self._log.run
+
+    @property
+    def log(self) -> LogReader:
+        """What is known of the run, for a reader that goes on where this one ended."""
+        return self._log
 
     def __aiter__(self) -> Batches:
         return self
@@ -182,15 +196,21 @@ class Batches:
                 continue
             while not self._pipeline.full and (chunk := self._source.take()):
                 self._want(chunk)
-            if len(self._pipeline):
+            if self._arrived is not None:
+                await self._place(*self._arrived)
+                self._settle(self._arrived[0])
+                self._arrived = None
+            elif len(self._pipeline):
                 reply, wanted = await self._pipeline.next()
-                if not reply.matched:
-                    await self._place(wanted, reply.result())
-                self.stats.chunks += 1
-                for place in wanted.places:
-                    place.batch.pending -= 1
+                if reply.matched:
+                    self._settle(wanted)
+                elif isinstance(reply.values[0], ServerError):
+                    self._ask(wanted)  # if somebody calls again
+                    raise reply.values[0]
+                else:
+                    self._arrived = wanted, reply.values[0]
             elif not await self._source.more():
-                self.stats.gaps = self._log.gaps
+                self.stats.duplicates, self.stats.gaps = self._log.duplicates, self._log.gaps
                 if not self._batches or self._drop_last:
                     raise StopAsyncIteration
                 arrays = self._finish()
@@ -203,6 +223,13 @@ class Batches:
         self.stats.transitions += rows
         self.stats.duplicates = self._log.duplicates
         return arrays if rows else None
+
+    def _settle(self, wanted: _Wanted) -> None:
+        self.stats.chunks += not wanted.lost
+        for place in wanted.places:
+            place.batch.pending -= 1
+            if wanted.lost:
+                place.batch.holes.append(place.target)
 
     def _want(self, chunk: ChunkId) -> None:
         """Assign a chunk to rows of the batch that is being filled, and on into the next one, and ask for it."""
@@ -217,7 +244,10 @@ class Batches:
             batch.filled += count
             batch.pending += 1
             row += count
-        self._pipeline.put(lambda: self._request(wanted), chunk.rows * self._schema.row_nbytes, wanted)
+        self._ask(wanted)
+
+    def _ask(self, wanted: _Wanted) -> None:
+        self._pipeline.put(lambda: self._request(wanted), wanted.chunk.rows * self._schema.row_nbytes, wanted)
 
     def _request(self, wanted: _Wanted) -> tuple[Sequence[Buffer], ValueReply]:
         command = resp.encode("GET", wanted.key)
@@ -239,9 +269,7 @@ class Batches:
         if value is None:
             value = await self._look_again(wanted)
             if value is None:
-                for place in wanted.places:
-                    place.batch.holes.append(place.target)
-                self.stats.chunks -= 1
+                wanted.lost = True
                 return
         record = codecs.open_record(value.data, max_bytes=resp.MAX_BULK, key=wanted.key)
         layout = self._schema.layout(wanted.chunk.rows)
@@ -262,16 +290,20 @@ class Batches:
     async def _look_again(self, wanted: _Wanted) -> NDArray[np.uint8] | None:
         """A chunk that GET did not find: evicted if its log entry is gone, too; else once more, then missing."""
         entry = f"{self._log.run}-{wanted.chunk.entry}"
-        if not await streams.page(self._client, self._names.log, entry, entry):
-            self.stats.evicted += 1
-            return None
-        value = await self._client.get_value(wanted.key)
-        if value is None:
-            self.stats.missing += 1
-            warnings.warn(
-                f"chunk {wanted.key!r} is in the log, but not on the server: it was lost, or an actor died while "
-                "committing it",
-                RuntimeWarning,
-                stacklevel=2,
-            )
-        return value
+        value = None
+        for last in (False, True):  # the entry is looked at again: who deletes a chunk deletes its data first
+            if not await streams.page(self._client, self._names.log, entry, entry):
+                self.stats.evicted += 1
+                return None
+            if not last:
+                value = await self._client.get_value(wanted.key)
+                if value is not None:
+                    return value
+        self.stats.missing += 1
+        warnings.warn(
+            f"chunk {wanted.key!r} is in the log, but not on the server: it was lost, or an actor died while "
+            "committing it",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return None

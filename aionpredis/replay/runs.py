@@ -7,23 +7,24 @@ smaller than the target stream top item"): one ``XADD`` fences every actor on ev
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from aionpredis import streams
-from aionpredis.errors import ConnectionLost, ReplayError, ReplayGone, RunConflict, ServerError, ServerFull
+from aionpredis.errors import ReplayError, ReplayGone, RunConflict, ServerError
 from aionpredis.replay.log import FIELD, Begin, Names, parse_begin, unpack
-from aionpredis.wire import resp
-from aionpredis.wire.resp import Reply
 
 if TYPE_CHECKING:
     from aionpredis.client import Client
+    from aionpredis.wire.connection import Connection
 
-__all__ = ["begin", "delete_below", "latest", "leftover_keys"]
+__all__ = ["CLOSED", "begin", "check_eviction", "close", "delete_below", "delete_oldest", "latest", "leftover_keys"]
+
+CLOSED = streams.RIGHT_MAX
+"""The largest left half of an id: behind it the server refuses commits to any run."""
 
 UNLINK_KEYS = 1000
-"""Keys in one UNLINK: a few ms of the server."""
+"""Keys in one UNLINK: a few ms of the server. Their entries go right after, so a reader hardly sees one without the other."""
 
 
 async def latest(client: Client, names: Names) -> Begin | None:
@@ -40,74 +41,42 @@ async def begin(client: Client, names: Names, *, policy: int, schema: str) -> Be
 
     Raises:
         RunConflict: another trainer began that run.
-        ServerFull: even after deleting the runs before the present one.
+        ReplayGone: the replay was deleted meanwhile.
+        ServerFull: no memory is left for the entry.
     """
-    await check_eviction(client, names)
-    token = os.urandom(8).hex().encode()
+    entry = {b"begin": os.urandom(8).hex().encode(), b"policy": b"%d" % policy, b"schema": schema.encode()}
     last = await streams.last_generated(client, names.log)
     if last is None:
-        # Larger than any run of a deleted replay of this name, so that its actors are stale, too. Exact in a float64.
-        run = int(time.time()) * 1_000_000 + 1
+        # Microseconds by the server's clock: larger than any run of a deleted replay of this name, so that its actors
+        # are stale, too, unless it has begun a run per microsecond. Exact in a float64.
+        seconds, micros = await client.call("TIME", repeatable=True)
+        run = int(seconds) * 1_000_000 + int(micros)
+        begun: bool | None = await _create(client, names, run, entry)
+    elif last[0] == CLOSED:
+        raise ReplayGone(f"{names.name!r} is being deleted; if that was interrupted: delete() again", replay=names.name)
     else:
         run = last[0] + 1
-    entry = {b"begin": token, b"policy": str(policy).encode(), b"schema": schema.encode()}
-    fields = [part for pair in entry.items() for part in pair]
-    try:
-        if last is None:
-            await _create(client, names, run, fields)
-        else:
-            await _add(client, names, run, fields)
-    except ConnectionLost:  # did it arrive?
-        found = await streams.page(client, names.log, f"{run}-0", f"{run}-0")
-        if not found:
-            raise
-        if found[0][1].get(b"begin") != token:
-            raise _conflict(names, run) from None
-    except ServerError as error:
-        if streams.is_stale(error):
-            raise _conflict(names, run) from None
-        raise
+        begun = await streams.claim(client, names.log, run, entry)
+        if begun is None:
+            raise ReplayGone(f"the log of {names.name!r} was deleted meanwhile", replay=names.name, run=run)
+    if not begun:
+        raise RunConflict(f"another trainer began run {run} of {names.name!r}", replay=names.name, run=run)
     return parse_begin(run, entry)
 
 
-async def _add(client: Client, names: Names, run: int, fields: list[bytes]) -> None:
-    command = ("XADD", names.log, "NOMKSTREAM", f"{run}-0", *fields)
-    try:
-        added = await client.call(*command)
-    except ServerFull:
-        # XADD is refused when the memory is full, UNLINK is not.
-        await delete_below(client, names, run - 1)
-        added = await client.call(*command)
-    if added is None:
-        raise ReplayGone(f"the log of {names.name!r} was deleted meanwhile", replay=names.name, run=run)
+async def _create(client: Client, names: Names, run: int, entry: dict[bytes, bytes]) -> bool:
+    """Begin the first run if there still is no log: another trainer's first run has another number."""
+    fields = [part for pair in entry.items() for part in pair]
 
-
-async def _create(client: Client, names: Names, run: int, fields: list[bytes]) -> None:
-    """Begin the first run, if there still is no log: two trainers may come in different seconds, with different ids."""
-    async with client.blocking() as connection:
-        for command in (("WATCH", names.log), ("EXISTS", names.log)):
-            reply = Reply()
-            await connection.wait(connection.submit(resp.encode(*command), reply))
-            present = reply.result()
+    async def add_first(connection: Connection) -> None:
+        _, present = await streams.ask(connection, ("WATCH", names.log), ("EXISTS", names.log))
         if present:
-            await connection.wait(connection.submit(resp.encode("UNWATCH"), Reply()))
-            raise _conflict(names, run)
-        reply = Reply(3)
-        buffers = [
-            *resp.encode("MULTI"),
-            *resp.encode("XADD", names.log, f"{run}-0", *fields),
-            *resp.encode("EXEC"),
-        ]
-        await connection.wait(connection.submit(buffers, reply))
-        for value in reply.values:
-            if isinstance(value, ServerError):
-                raise value
-        if reply.values[2] is None:
-            raise _conflict(names, run)
+            await streams.ask(connection, ("UNWATCH",))
+        else:
+            await streams.ask(connection, ("MULTI",), ("XADD", names.log, f"{run}-0", *fields), ("EXEC",))
 
-
-def _conflict(names: Names, run: int) -> RunConflict:
-    return RunConflict(f"another trainer began run {run} of {names.name!r}", replay=names.name, run=run)
+    await streams.alone(client, add_first)
+    return await streams.page(client, names.log, f"{run}-0", f"{run}-0") == [((run, 0), entry)]
 
 
 async def check_eviction(client: Client, names: Names) -> None:
@@ -130,26 +99,57 @@ async def check_eviction(client: Client, names: Names) -> None:
         )
 
 
+async def close(client: Client, names: Names) -> None:
+    """Make the server refuse every further commit and every further run, if there is a log."""
+    try:
+        # Not -0, where a run's beginning stands; and an id that is free, or the error would not say "equal or smaller".
+        await client.call("XADD", names.log, "NOMKSTREAM", f"{CLOSED}-1", "closed", "", repeatable=True)
+    except ServerError as error:
+        if not streams.is_stale(error):  # it was closed before
+            raise
+
+
 async def delete_below(client: Client, names: Names, run: int) -> int:
     """Delete the data and the log entries of all runs before ``run``; how many chunks were deleted.
 
     The data first, page by page, then the entries that name it: after a crash, whoever calls next finishes.
     """
     deleted = 0
-    while True:
-        entries = await streams.page(client, names.log, "-", f"({run}-0")
-        if not entries:
-            return deleted
-        keys = [names.data(left, unpack(fields[FIELD])) for (left, _), fields in entries if FIELD in fields]
-        for start in range(0, len(keys), UNLINK_KEYS):
-            deleted += int(await client.call("UNLINK", *keys[start : start + UNLINK_KEYS], repeatable=True))
+    while entries := await streams.page(client, names.log, "-", f"({run}-0", UNLINK_KEYS):
+        deleted += await _unlink(client, names, entries)
         left, right = entries[-1][0]
         await client.call("XTRIM", names.log, "MINID", f"{left}-{right + 1}", repeatable=True)
+    return deleted
+
+
+async def delete_oldest(client: Client, names: Names) -> int:
+    """Delete the data of the oldest run that has any, even of the present one; how many chunks were deleted."""
+    last = await streams.last_generated(client, names.log)
+    while last is not None and (first := await streams.page(client, names.log, "-", "+", 1)):
+        ((run, _), _) = first[0]
+        if run == last[0]:
+            break
+        deleted = await delete_below(client, names, run + 1)
+        if deleted:
+            return deleted
+    deleted = 0
+    if last is not None:
+        # The entry that begins the run stays, and so does what its actors add meanwhile.
+        span = f"{last[0]}-1", f"{last[0]}-{last[1]}"
+        while last[1] and (entries := await streams.page(client, names.log, *span, UNLINK_KEYS)):
+            deleted += await _unlink(client, names, entries)
+            await client.call("XDEL", names.log, *(f"{left}-{right}" for (left, right), _ in entries), repeatable=True)
+    return deleted
+
+
+async def _unlink(client: Client, names: Names, entries: list[streams.Entry]) -> int:
+    keys = [names.data(left, unpack(fields[FIELD])) for (left, _), fields in entries if FIELD in fields]
+    return int(await client.call("UNLINK", *keys, repeatable=True)) if keys else 0
 
 
 async def leftover_keys(client: Client, names: Names, *, below: int) -> list[bytes]:
     """Data keys of runs before ``below`` that exist on the server. Looks at all keys there: for checks, not for use."""
-    found: list[bytes] = []
+    found: set[bytes] = set()
     cursor: bytes | int = 0
     while True:
         cursor, keys = await client.call(
@@ -158,6 +158,6 @@ async def leftover_keys(client: Client, names: Names, *, below: int) -> list[byt
         for key in keys:
             run = key.split(b":")[1]
             if run.isdigit() and int(run) < below:
-                found.append(key)
+                found.add(key)
         if cursor == b"0":
-            return found
+            return sorted(found)

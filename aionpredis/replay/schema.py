@@ -32,7 +32,7 @@ class Schema(Mapping[str, "tuple[np.dtype[Any], tuple[int, ...]]"]):
         EncodeError: a dtype that a ``.safetensors`` file cannot hold.
     """
 
-    def __init__(self, **columns: DTypeLike | tuple[DTypeLike, tuple[int, ...]]) -> None:
+    def __init__(self, /, **columns: DTypeLike | tuple[DTypeLike, tuple[int, ...]]) -> None:
         if not columns:
             raise UsageError("a schema has at least one column")
         self._columns: dict[str, tuple[np.dtype[Any], tuple[int, ...]]] = {}
@@ -45,10 +45,15 @@ class Schema(Mapping[str, "tuple[np.dtype[Any], tuple[int, ...]]"]):
                 dtype, shape = column
             if not all(isinstance(size, int) and size >= 0 for size in shape):
                 raise UsageError(f"column {name!r}: a shape is a tuple of sizes, not {shape!r}")
+            if dtype is None:
+                raise UsageError(f"column {name!r} has no dtype")  # NumPy would take float64
             try:
-                native = np.dtype(dtype).newbyteorder("=")
+                native = np.dtype(dtype)
             except TypeError as error:
                 raise UsageError(f"column {name!r}: {error}") from None
+            if not native.isnative:
+                # By its name: the result of newbyteorder() is a new object, and append() compares dtypes by identity.
+                native = np.dtype(native.newbyteorder("=").str)
             self._columns[name] = native, tuple(shape)
         self.layout(1)  # unsupported dtypes show here
         self.row_nbytes = sum(dtype.itemsize * int(np.prod(shape)) for dtype, shape in self._columns.values())
@@ -62,7 +67,7 @@ class Schema(Mapping[str, "tuple[np.dtype[Any], tuple[int, ...]]"]):
     @property
     def digest(self) -> str:
         """Equal for equal schemas: 16 hexadecimal digits."""
-        columns = [[name, dtype.name, shape] for name, (dtype, shape) in self._columns.items()]
+        columns = sorted((name, dtype.name, shape) for name, (dtype, shape) in self._columns.items())
         return hashlib.sha256(json.dumps(columns).encode()).hexdigest()[:16]
 
     def __getitem__(self, name: str) -> tuple[np.dtype[Any], tuple[int, ...]]:

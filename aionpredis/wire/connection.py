@@ -42,9 +42,12 @@ class _Outgoing:
         self.offset = 0
         self.reply = reply
 
-    def rest(self) -> list[Buffer]:
-        first, *others = self.buffers[self.index :]
-        return [memoryview(first)[self.offset :] if self.offset else first, *others]
+    def rest(self, most: int | None = None) -> list[Buffer]:
+        """The first ``most`` buffers that are left."""
+        buffers = list(self.buffers[self.index : None if most is None else self.index + most])
+        if self.offset:
+            buffers[0] = memoryview(buffers[0])[self.offset :]
+        return buffers
 
 
 class Connection:
@@ -134,7 +137,8 @@ class Connection:
                 ready = await self._ready.wait(write=write, timeout=self._timeout)
             finally:
                 self._parked = False
-            if not ready:
+            # Looking again: the loop may have been busy elsewhere all the time, and come to the timer first.
+            if not (ready or self._receive() or self._send()):
                 self.abort(Stalled(f"no byte moved for {self._timeout} s while a reply was outstanding"))
                 return
 
@@ -146,18 +150,19 @@ class Connection:
         buffers: list[Buffer] = []
         room = TURN
         for outgoing in outbox:
-            for buffer in outgoing.rest():
+            for buffer in outgoing.rest(MAX_VECTORS - len(buffers)):
                 size = len(buffer)
-                buffers.append(buffer if size <= room else memoryview(buffer)[:room])
-                room -= size
-                if room <= 0:
+                if size >= room:
+                    buffers.append(memoryview(buffer)[:room])
+                    room = 0
                     break
-            if room <= 0 or len(buffers) >= MAX_VECTORS:
-                del buffers[MAX_VECTORS:]
+                buffers.append(buffer)
+                room -= size
+            if not room or len(buffers) == MAX_VECTORS:
                 break
         try:
             count = self._sock.send(buffers)
-        except OSError as error:
+        except Exception as error:  # not only OSError: what cannot be sent must not stay first in the queue
             self.abort(ConnectionLost(f"sending failed: {error}"))
             return 0
         left = count
@@ -204,6 +209,9 @@ class Connection:
                     self._outbox.remove(outgoing)
                     self._parser.pending.remove(reply)
                     reply.done = True
+                    if reply.waiter is not None:
+                        reply.waiter.wake()
+                    self._ready.poke()  # the driver, if the reply is the one that it waits for
                     return
                 rest = outgoing.rest()
                 if sum(len(part) for part in rest) > MAX_SNAPSHOT:
@@ -227,9 +235,9 @@ class Connection:
         for reply in self._parser.pending:
             reply.done = True
             reply.error = _copy(error)
-            if reply.waiter is not None:
-                reply.waiter.wake()
         self._parser.pending.clear()
+        for reply in self._waiting:  # also those whose replies were complete when the bytes behind them made no sense
+            reply.waiter.wake()
 
     def close(self) -> None:
         """Close at once. Requests that are still outstanding fail with :class:`ConnectionLost`."""

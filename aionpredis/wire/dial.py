@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import threading
 from contextlib import suppress
+from numbers import Real
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -51,17 +52,19 @@ class Dialer:
     """
 
     def __init__(self, url: str, *, connect_timeout: float, timeout: float, max_bulk: int, **options: Any) -> None:
+        if not isinstance(url, str):
+            raise UsageError(f"a URL is a str, not {type(url).__name__}")
         self.url = without_secrets(url)
         self._timeout = timeout
         self._max_bulk = max_bulk
         self._connect_timeout = connect_timeout
-        if not (connect_timeout > 0 and timeout > 0 and math.isfinite(connect_timeout + timeout)):
-            raise UsageError(f"timeouts are positive numbers of seconds, not {connect_timeout} and {timeout}")
+        for name, seconds in (("timeout", timeout), ("connect_timeout", connect_timeout)):
+            if isinstance(seconds, bool) or not isinstance(seconds, Real) or not 0 < seconds < math.inf:
+                raise UsageError(f"{name} is a positive number of seconds, not {seconds!r}")
         try:
             pool = redis.ConnectionPool.from_url(
                 url,
                 **{
-                    "protocol": 2,
                     "socket_connect_timeout": connect_timeout,
                     "socket_timeout": connect_timeout,
                     "retry": Retry(NoBackoff(), 0),
@@ -69,7 +72,8 @@ class Dialer:
                 },
             )
             self._make = pool.connection_class
-            self._arguments = pool.connection_kwargs
+            # after the URL's own: an environment's REDIS_URL may ask for RESP3
+            self._arguments = pool.connection_kwargs | {"protocol": 2}
             self._make(**self._arguments)  # unknown options show here, before anything is connected
         except (ValueError, TypeError, redis.RedisError) as error:
             raise UsageError(
@@ -96,6 +100,7 @@ class Dialer:
         connection = self._make(**self._arguments)
         try:
             connection.connect()
+            _ping(connection)
         except _REFUSED as error:
             raise AuthenticationError(f"{self.url} refused to let us in: {error}") from error
         except (redis.RedisError, OSError, ValueError) as error:
@@ -130,6 +135,18 @@ class _Attempt:
             if self._raw is not None:
                 with suppress(OSError):
                     self._raw.close()
+
+
+def _ping(connection: Any) -> None:
+    """See whether commands are answered: without a password nothing of the handshake tells that one is needed."""
+    try:
+        connection.send_command("PING")
+        connection.read_response()
+    except redis.exceptions.NoPermissionError:  # answered, too
+        pass
+    except BaseException:
+        connection.disconnect()
+        raise
 
 
 def _scrub(message: str, url: str) -> str:

@@ -136,15 +136,17 @@ class AnyioReadiness:
 
     async def wait(self, *, write: bool, timeout: float) -> bool:
         self._poked = False
-        with anyio.move_on_after(timeout) as self._scope:
-            if write:
-                async with anyio.create_task_group() as tasks:
-                    for wait in (anyio.wait_readable, anyio.wait_writable):
-                        tasks.start_soon(self._wait_one, wait, tasks.cancel_scope)
-            else:
-                await self._wait_one(anyio.wait_readable, None)
-            self._poked = True
-        self._scope = None
+        try:
+            with anyio.move_on_after(timeout) as self._scope:
+                if write:
+                    async with anyio.create_task_group() as tasks:
+                        for wait in (anyio.wait_readable, anyio.wait_writable):
+                            tasks.start_soon(self._wait_one, wait, tasks.cancel_scope)
+                else:
+                    await self._wait_one(anyio.wait_readable, None)
+                self._poked = True
+        finally:
+            self._scope = None
         return self._poked
 
     async def _wait_one(

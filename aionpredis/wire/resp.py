@@ -20,12 +20,13 @@ from bisect import bisect_right
 from collections import deque
 from collections.abc import Sequence
 from itertools import accumulate
+from numbers import Real
 from typing import Any, TypeAlias
 
-from aionpredis.errors import ProtocolError, ServerError, ServerFull
+from aionpredis.errors import ProtocolError, ServerError, ServerFull, UsageError
 from aionpredis.memory import aligned_empty
 
-__all__ = ["Blob", "Buffer", "Parser", "Pattern", "Reply", "Template", "encode", "encode_set"]
+__all__ = ["Blob", "Buffer", "Parser", "Pattern", "Reply", "Template", "encode", "encode_keys", "encode_set"]
 
 Buffer: TypeAlias = "bytes | bytearray | memoryview"
 Argument: TypeAlias = "bytes | str | int | float | Buffer | Blob"
@@ -70,7 +71,11 @@ SMALL = 1024
 
 
 def encode(*arguments: Argument) -> list[Buffer]:
-    """The buffers of one command. Small arguments are joined; large ones stay borrowed, uncopied."""
+    """The buffers of one command. Small arguments are joined; large ones stay borrowed, uncopied.
+
+    Raises:
+        UsageError: an argument is none that a command can have.
+    """
     buffers: list[Buffer] = []
     text = bytearray(b"*%d\r\n" % len(arguments))
     for argument in arguments:
@@ -78,18 +83,42 @@ def encode(*arguments: Argument) -> list[Buffer]:
             text += b"$%d\r\n" % argument.size
             parts = argument.parts
         else:
-            raw = argument if isinstance(argument, bytes | bytearray | memoryview) else str(argument).encode()
+            raw = argument if isinstance(argument, bytes) else _raw(argument)
             text += b"$%d\r\n" % len(raw)
             parts = (raw,)
         for part in parts:
             if len(part) < SMALL:
                 text += part
             else:
-                buffers += (text, part)
-                text = bytearray()
+                if text:
+                    buffers.append(text)
+                    text = bytearray()
+                buffers.append(part)
         text += b"\r\n"
     buffers.append(text)
     return buffers
+
+
+def _raw(argument: object) -> Buffer:
+    """An argument's bytes. A view of several axes, or of longer items, has a ``len`` that is not its size in bytes."""
+    try:
+        if isinstance(argument, str):
+            return argument.encode()
+        if isinstance(argument, bytearray):
+            return argument
+        if isinstance(argument, memoryview):
+            return argument.cast("B")
+        if isinstance(argument, Real) and not isinstance(argument, bool):  # NumPy's numbers are Real, too
+            return str(argument).encode()
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"an argument's bytes cannot be had: {error}") from error
+    raise UsageError(f"an argument is str, bytes, a bytes-like view, int or float, not {type(argument).__name__}")
+
+
+def encode_keys(name: bytes, keys: Sequence[bytes]) -> list[Buffer]:
+    """A command whose arguments are all keys: what :func:`encode` gives, in a third of its time."""
+    head = b"*%d\r\n$%d\r\n%b\r\n" % (1 + len(keys), len(name), name)
+    return [head + b"".join([b"$%d\r\n%b\r\n" % (len(key), key) for key in keys])]
 
 
 def encode_set(key: bytes, head: bytes, payload: Buffer, options: bytes = b"", extra: int = 0) -> list[Buffer]:
@@ -160,6 +189,8 @@ class Template:
             size = end - at
             at = end
             if slot is None:
+                if not size:
+                    continue
                 into.append(DROPPED[: min(size, room)])
                 return 0
             if size > room:

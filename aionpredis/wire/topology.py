@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import anyio
 
+from aionpredis.errors import ConnectError, UsageError
 from aionpredis.wire.connection import Connection
 from aionpredis.wire.dial import Dialer
 
@@ -17,22 +18,40 @@ class OneServer:
         self.dialer = dialer
         self._connection: Connection | None = None
         self._dialing = anyio.Lock()
+        self._dialed = 0
+        self._failure: ConnectError | None = None  # of the last attempt
+        self._closed = False
 
     async def connection(self) -> Connection:
         """The shared data connection; made anew if the last one broke.
 
         Raises:
-            ConnectError: the server cannot be reached.
+            ConnectError: the server cannot be reached. Tasks that waited for one attempt share its outcome.
+            UsageError: the client was closed meanwhile.
         """
         connection = self._connection
         if connection is not None and connection.lost is None:
             return connection
+        dialed = self._dialed
         async with self._dialing:
             if self._connection is None or self._connection.lost is not None:
-                self._connection = await self.dialer.dial()
+                if self._failure is not None and self._dialed != dialed:
+                    raise type(self._failure)(*self._failure.args)
+                self._failure = None
+                try:
+                    self._connection = await self.dialer.dial()
+                except ConnectError as error:
+                    self._failure = error
+                    raise
+                finally:
+                    self._dialed += 1
+                if self._closed:
+                    self._connection.close()
+                    raise UsageError("the client was closed")
             return self._connection
 
     def close(self) -> None:
+        self._closed = True
         if self._connection is not None:
             self._connection.close()
             self._connection = None

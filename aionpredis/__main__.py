@@ -1,0 +1,5 @@
+"""``python -m aionpredis``: the same as the command ``aionpredis``."""
+
+from aionpredis.cli import main
+
+main()

@@ -1,0 +1,472 @@
+"""Actors: what "acknowledged" means, backpressure, and what is left behind when something dies."""
+
+from __future__ import annotations
+
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Awaitable
+from contextlib import asynccontextmanager
+
+import anyio
+import numpy as np
+import pytest
+import redis
+
+import aionpredis
+from aionpredis import Actor, Client, ReplayGone, RunEnded, Schema, SchemaMismatch, Server, ServerError, UsageError
+
+from .replays import (
+    LEASE,
+    data_keys,
+    fill,
+    kept_keys,
+    kill_connections,
+    log_entries,
+    named_keys,
+    pause,
+    replay_of,
+    uids,
+    unnamed_without_ttl,
+)
+from .servers import make_server
+from .slow import SlowServer
+
+pytestmark = pytest.mark.anyio
+
+
+@asynccontextmanager
+async def joined(client: Client, **options: float) -> AsyncIterator[Actor]:
+    """An actor in the first run."""
+    replay = replay_of(client, **options)  # type: ignore[arg-type]
+    await replay.begin_run()
+    async with replay.actor() as actor:
+        await actor.join()
+        yield actor
+
+
+async def test_acknowledged_is_in_the_log_and_has_no_time_to_live(url: str, stock: redis.Redis) -> None:
+    async with aionpredis.connect(url) as client, joined(client) as actor:
+        await fill(actor, range(10))
+        await actor.flush()
+        assert actor.stats.acknowledged == 10
+        assert [(seq, rows) for _, _, seq, rows in log_entries(stock)] == [(0, 4), (1, 4), (2, 2)]
+        keys = data_keys(stock)
+        assert keys == named_keys(stock)
+        assert len(keys) == 3
+        assert {stock.pttl(key) for key in keys} == {-1}
+
+
+async def test_acknowledged_grows_only_after_log_and_persist(url: str, stock: redis.Redis) -> None:
+    async with aionpredis.connect(url) as client, joined(client, chunk=1) as actor:
+        for uid in range(25):
+            await fill(actor, range(uid, uid + 1))
+            known = actor.stats.acknowledged
+            assert known <= sum(rows for *_, rows in log_entries(stock))
+            assert known <= len(kept_keys(stock))
+            assert unnamed_without_ttl(stock) == set()
+
+
+async def test_rows_are_pending_until_acknowledged(url: str) -> None:
+    async with aionpredis.connect(url) as client, joined(client) as actor:
+        await fill(actor, range(3))
+        assert (actor.stats.appended, actor.stats.pending) == (3, 3)
+        await actor.flush()
+        assert (actor.stats.appended, actor.stats.acknowledged, actor.stats.pending) == (3, 3, 0)
+        assert actor.stats.chunks == 1
+
+
+async def test_stats_add_up_over_runs(url: str) -> None:
+    async with aionpredis.connect(url) as client, joined(client) as actor:
+        replay = replay_of(client)
+        await fill(actor, range(6))
+        await actor.flush()
+        await replay.begin_run(keep=2)
+        await fill(actor, range(6, 9))
+        with pytest.raises(RunEnded):
+            await actor.flush()
+        await actor.join()
+        assert (actor.stats.acknowledged, actor.stats.stale, actor.stats.pending) == (6, 3, 0)
+        await fill(actor, range(20, 22))
+        await actor.flush()
+        assert (actor.stats.appended, actor.stats.acknowledged, actor.stats.stale) == (11, 8, 3)
+
+
+async def test_leaving_the_block_commits(url: str) -> None:
+    async with aionpredis.connect(url) as client:
+        async with joined(client) as actor:
+            await fill(actor, range(5))
+        assert actor.stats.acknowledged == 5
+        assert sorted(await uids(await replay_of(client).epoch())) == list(range(5))
+
+
+async def test_leaving_the_block_by_an_exception_commits_and_raises_it(url: str) -> None:
+    async with aionpredis.connect(url) as client:
+        with pytest.raises(ZeroDivisionError):
+            async with joined(client) as actor:
+                await fill(actor, range(5))
+                raise ZeroDivisionError
+        assert await replay_of(client).count() == 5
+
+
+async def test_append_without_a_run_is_a_usage_error(url: str) -> None:
+    async with aionpredis.connect(url) as client, replay_of(client).actor() as actor:
+        with pytest.raises(UsageError, match="join"):
+            await fill(actor, range(1))
+        with pytest.raises(UsageError, match="join"):
+            await actor.flush()
+
+
+async def test_append_that_is_not_awaited_is_an_error(url: str) -> None:
+    async with aionpredis.connect(url) as client, joined(client, chunk=1) as actor:
+        row = {"state": np.zeros(3, np.uint8), "uid": 1, "terminated": False}
+        forgotten: list[Awaitable[None]] = []
+        with pytest.raises(UsageError, match="await"):
+            for _ in range(6):
+                forgotten += [actor.append(**row)]
+        for coroutine in forgotten:
+            await coroutine
+        await actor.flush()
+        assert actor.stats.acknowledged == len(forgotten) == 4
+
+
+async def test_append_that_was_cancelled_while_it_waited_does_not_break_the_actor(url: str, stock: redis.Redis) -> None:
+    async with aionpredis.connect(url) as client, joined(client, chunk=1, lease=5) as actor:
+        await actor.flush()
+        pause(stock, 300)
+        with anyio.move_on_after(0.1) as scope:
+            await fill(actor, range(20))
+        assert scope.cancelled_caught
+        assert actor.stats.waits == 1
+        appended = actor.stats.appended
+        assert appended == 4
+        await fill(actor, range(appended, 20))
+        await actor.flush()
+        assert sorted(await uids(await replay_of(client).epoch())) == list(range(20))
+
+
+async def test_full_buffers_make_append_wait_and_other_tasks_go_on(url: str, stock: redis.Redis) -> None:
+    async with aionpredis.connect(url) as client, joined(client, lease=5) as actor:
+        pause(stock, 200)
+        ticks = 0
+
+        async def tick() -> None:
+            nonlocal ticks
+            while True:
+                await anyio.sleep(0.01)
+                ticks += 1
+
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(tick)
+            await fill(actor, range(40))
+            tasks.cancel_scope.cancel()
+        assert actor.stats.waits > 0
+        assert ticks > 3
+        assert actor.stats.pending <= 4 * 4
+
+
+async def test_fence_ends_the_run_and_nothing_old_is_in_the_new_run(url: str, stock: redis.Redis) -> None:
+    async with aionpredis.connect(url) as client, joined(client) as actor:
+        replay = replay_of(client)
+        await fill(actor, range(3))
+        run = await replay.begin_run(keep=2)
+        with pytest.raises(RunEnded) as caught:
+            await fill(actor, range(3, 100))
+        assert caught.value.run == run.run - 1
+        with pytest.raises(UsageError):
+            await fill(actor, range(1))
+        assert await actor.join() == run
+        await fill(actor, range(200, 206))
+        await actor.flush()
+        assert sorted(await uids(await replay.epoch())) == list(range(200, 206))
+        assert await uids(await replay.epoch(run.run - 1)) == []
+        assert [seq for number, _, seq, _ in log_entries(stock) if number == run.run] == [0, 1]
+        assert data_keys(stock) == named_keys(stock)  # what was refused was deleted at once
+
+
+async def test_join_waits_for_a_newer_run_any_number_of_times(url: str) -> None:
+    async with aionpredis.connect(url) as client, joined(client) as actor:
+        replay = replay_of(client)
+        for number in range(6):
+            await fill(actor, range(number, number + 1))
+            with anyio.move_on_after(0.01) as scope:
+                await actor.join()
+            assert scope.cancelled_caught
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(replay.begin_run)
+                await actor.join()
+        assert actor.stats.acknowledged == 6
+
+
+async def test_join_waits_for_the_first_run(url: str) -> None:
+    async with aionpredis.connect(url) as client, replay_of(client).actor() as actor:
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(replay_of(client).begin_run)
+            run = await actor.join()
+        assert run == await replay_of(client).latest_run()
+
+
+async def test_deleted_log_is_replay_gone_and_nothing_is_left(url: str, stock: redis.Redis) -> None:
+    async with aionpredis.connect(url) as client, joined(client) as actor:
+        stock.delete("{r}:log")
+        with pytest.raises(ReplayGone):
+            await fill(actor, range(100))
+        assert not stock.exists("{r}:log")
+        await anyio.sleep(0.02)
+        while actor.stats.pending:
+            await anyio.sleep(0.01)
+        assert data_keys(stock) == set()
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(replay_of(client).begin_run)
+            await actor.join()
+        await fill(actor, range(4))
+        await actor.flush()
+
+
+async def test_replay_that_was_deleted_and_made_anew_refuses_old_actors(url: str) -> None:
+    async with aionpredis.connect(url) as client, joined(client) as actor:
+        replay = replay_of(client)
+        for _ in range(3):
+            await replay.begin_run()
+        with pytest.raises(RunEnded):
+            await fill(actor, range(100))
+        await actor.join()
+        await replay.delete()
+        await replay.begin_run()  # in the same second
+        with pytest.raises((RunEnded, ReplayGone)):
+            await fill(actor, range(100))
+        assert await uids(await replay.epoch()) == []
+
+
+async def test_other_columns_are_a_schema_mismatch(url: str) -> None:
+    async with aionpredis.connect(url) as client:
+        await client.replay("r", Schema(x="f4")).begin_run()
+        async with replay_of(client).actor() as actor:
+            for _ in range(2):
+                with pytest.raises(SchemaMismatch):
+                    await actor.join()
+
+
+async def test_several_actors_share_a_client(url: str) -> None:
+    async with aionpredis.connect(url) as client:
+        replay = replay_of(client)
+        await replay.begin_run()
+
+        async def act(first: int) -> None:
+            async with replay.actor() as actor:
+                await actor.join()
+                await fill(actor, range(first, first + 50))
+
+        async with anyio.create_task_group() as tasks:
+            for first in range(0, 500, 50):
+                tasks.start_soon(act, first)
+        assert sorted(await uids(await replay.epoch())) == list(range(500))
+
+
+@pytest.mark.parametrize("seed", range(2))
+async def test_broken_connections_lose_nothing_and_double_nothing(url: str, stock: redis.Redis, seed: int) -> None:
+    rng = random.Random(seed)
+    async with aionpredis.connect(url) as client, aionpredis.connect(url) as other, joined(client, lease=5) as actor:
+        for uid in range(0, 400, 20):
+            await fill(actor, range(uid, uid + 20))
+            if rng.random() < 0.5:
+                await anyio.sleep(rng.random() * 0.002)
+                kill_connections(stock)
+                assert unnamed_without_ttl(stock) == set()
+        await actor.flush()
+        assert actor.stats.acknowledged == 400
+        assert sorted(await uids(await replay_of(other).epoch())) == list(range(400))
+        assert data_keys(stock) == named_keys(stock)
+        assert {stock.pttl(key) for key in data_keys(stock)} == {-1}
+
+
+async def test_repeated_commit_of_an_ended_run_is_found_in_the_log(url: str, stock: redis.Redis) -> None:
+    async with aionpredis.connect(url) as client, joined(client, lease=5) as actor:
+        run = actor.run
+        assert run is not None
+        key = b"r:%d:%b:0" % (run.run, actor.incarnation.hex().encode())
+        # As an earlier attempt left them, whose replies were lost.
+        stock.set(key, "data", px=5000)
+        stock.xadd("{r}:log", {"c": actor.incarnation + bytes(4) + (4).to_bytes(4, "little")}, id=f"{run.run}-1")
+        await replay_of(client).begin_run(keep=2)
+        with pytest.raises(RunEnded):
+            await fill(actor, range(4))
+            await actor.flush()
+        assert stock.pttl(key) == -1
+        assert actor.stats.acknowledged == 4
+
+
+async def test_lease_that_ran_out_is_begun_again(url: str, stock: redis.Redis) -> None:
+    async with aionpredis.connect(url) as client, joined(client, lease=0.2) as actor:
+        for first in range(0, 16, 4):
+            await fill(actor, range(first, first + 4))
+            pause(stock, 150)  # more than half a lease, somewhere in a commit
+            await actor.flush()
+        assert data_keys(stock) == named_keys(stock)
+        assert {stock.pttl(key) for key in data_keys(stock)} == {-1}
+        assert sorted(await uids(await replay_of(client).epoch())) == list(range(16))
+
+
+async def test_lease_is_begun_again_before_xadd_if_half_of_it_is_over(url: str, stock: redis.Redis) -> None:
+    """Else the key could be gone between XADD and PERSIST."""
+    async with aionpredis.connect(url) as client, joined(client, lease=0.4) as actor:
+        for milliseconds, renewed in ((0, False), (250, True)):
+            stock.config_resetstat()
+            pause(stock, milliseconds or 1)
+            await fill(actor, range(4))
+            await actor.flush()
+            calls = stock.info("commandstats")
+            assert ("cmdstat_pexpire" in calls) == renewed
+            assert calls["cmdstat_xadd"]["calls"] == 1
+
+
+async def test_commands_have_the_options_that_the_rules_need(url: str, stock: redis.Redis) -> None:
+    async with aionpredis.connect(url) as client, joined(client, lease=0.4) as actor:
+        stock.rename("{r}:log", "hidden")
+        stock.set("{r}:log", "not a stream")
+        with stock.monitor() as monitor:  # type: ignore[no-untyped-call]
+            with pytest.raises(ServerError):
+                await fill(actor, range(100))
+            stock.rename("hidden", "{r}:log")
+            await actor.join()  # the same run again
+            await fill(actor, range(100, 104))
+            await actor.flush()
+            stock.echo("end")
+            commands: list[str] = []
+            while not commands or "end" not in commands[-1]:
+                commands.append(monitor.next_command()["command"])
+        assert [c.split()[0] for c in commands if c.split()[0] in ("SET", "XADD", "PERSIST")][-3:] == [
+            "SET",
+            "XADD",
+            "PERSIST",
+        ]
+        assert all(" NX " in c and " PX " in c for c in commands if c.startswith("SET r:"))
+        assert all(" NOMKSTREAM " in c for c in commands if c.startswith("XADD"))
+        assert sorted(await uids(await replay_of(client).epoch())) == list(range(100, 104))
+
+
+async def test_after_an_error_the_actor_joins_the_same_run_again(url: str, stock: redis.Redis) -> None:
+    async with aionpredis.connect(url) as client, joined(client) as actor:
+        await fill(actor, range(4))
+        await actor.flush()
+        stock.rename("{r}:log", "hidden")
+        stock.set("{r}:log", "not a stream")
+        with pytest.raises(ServerError, match="WRONGTYPE"):
+            await fill(actor, range(100, 200))
+        stock.rename("hidden", "{r}:log")
+        run = await actor.join()
+        await fill(actor, range(4, 9))
+        await actor.flush()
+        assert sorted(await uids(await replay_of(client).epoch(run))) == list(range(9))
+        await anyio.sleep(LEASE + 0.1)
+        assert data_keys(stock) == named_keys(stock)
+
+
+@pytest.mark.parametrize("kind", ["valkey", "redis"])
+async def test_actor_waits_while_the_server_is_full(kind: str) -> None:
+    with make_server(kind) as server, redis.Redis.from_url(server.url) as stock:
+        async with aionpredis.connect(server.url) as client, joined(client, lease=0.3) as actor:
+            stock.set("ballast", bytes(20 << 20))
+            stock.config_set("maxmemory", "10mb")
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(fill, actor, range(40))
+                await anyio.sleep(0.5)
+                assert actor.stats.acknowledged == 0
+                assert actor.stats.pending == 16
+                stock.config_set("maxmemory", "0")
+            await actor.flush()
+            assert sorted(await uids(await replay_of(client).epoch())) == list(range(40))
+            assert data_keys(stock) == named_keys(stock)
+            assert {stock.pttl(key) for key in data_keys(stock)} == {-1}
+
+
+@pytest.mark.parametrize("delay", [0.0, 0.0005, 0.002])
+async def test_cancellation_leaves_nothing_unnamed(url: str, stock: redis.Redis, delay: float) -> None:
+    async with aionpredis.connect(url) as client:
+        replay = replay_of(client, chunk=1, lease=0.1)
+        await replay.begin_run()
+        actor = replay.actor()
+        with anyio.CancelScope() as scope:
+            async with actor:
+                await actor.join()
+                await fill(actor, range(50))
+                scope.deadline = anyio.current_time() + delay
+                while True:
+                    await fill(actor, range(4))
+        assert unnamed_without_ttl(stock) == set()
+        await anyio.sleep(0.15)
+        assert data_keys(stock) <= named_keys(stock)
+        assert actor.stats.acknowledged <= len(data_keys(stock))
+        assert await client.exists("x") == 0  # the client is usable
+
+
+KILLED = """
+import sys, anyio, numpy as np, aionpredis
+from tests.replays import fill, replay_of
+async def main():
+    async with aionpredis.connect(sys.argv[1]) as client, replay_of(client, chunk=2).actor() as actor:
+        await actor.join()
+        uid = 0
+        while True:
+            await fill(actor, range(uid, uid + 50))
+            uid += 50
+            print(actor.stats.acknowledged, flush=True)
+anyio.run(main)
+"""
+
+
+@pytest.mark.parametrize("seed", range(1))
+def test_killed_process_leaves_nothing_unnamed_after_one_lease(url: str, stock: redis.Redis, seed: int) -> None:
+    async def begin() -> None:
+        async with aionpredis.connect(url) as client:
+            await replay_of(client).begin_run()
+
+    anyio.run(begin)
+    with subprocess.Popen([sys.executable, "-c", KILLED, url], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        acknowledged = int(process.stdout.readline())
+        deadline = time.monotonic() + random.Random(seed).uniform(0, 0.1)
+        while time.monotonic() < deadline:
+            assert unnamed_without_ttl(stock) == set()
+        process.send_signal(signal.SIGKILL)
+        acknowledged = max([acknowledged, *map(int, process.stdout.read().split())])
+    assert unnamed_without_ttl(stock) == set()
+    time.sleep(LEASE + 0.1)
+    assert data_keys(stock) <= named_keys(stock)
+    assert 2 * len(data_keys(stock)) >= acknowledged > 0
+    # A chunk that the log names and that is gone was not acknowledged: the actor died between XADD and PERSIST.
+    assert len(named_keys(stock) - data_keys(stock)) <= 4
+
+
+HUNGRY = """
+import resource, sys, anyio, numpy as np, aionpredis
+from aionpredis import Schema
+async def main():
+    async with aionpredis.connect(sys.argv[1]) as client:
+        replay = client.replay("big", Schema(state=("uint8", (1 << 18,))), chunk=4)
+        await replay.begin_run()
+        state = np.ones(1 << 18, np.uint8)
+        async with replay.actor() as actor:
+            await actor.join()
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            for number in range(1600):
+                await actor.append(state=state)
+            await actor.flush()
+            after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            print(actor.stats.waits, actor.stats.acknowledged, (after - before) // 1024)
+anyio.run(main)
+"""
+
+
+def test_memory_is_bounded_however_slow_the_server_is() -> None:
+    """400 MB through a bottleneck of 200 MB/s: 4 buffers of 1 MB, and not 400."""
+    with Server() as server, SlowServer(server.url, rate=200e6) as slow:
+        done = subprocess.run(
+            [sys.executable, "-c", HUNGRY, slow.url], capture_output=True, text=True, check=True, timeout=50
+        )
+    waits, acknowledged, grown = map(int, done.stdout.split())
+    assert acknowledged == 1600
+    assert waits > 100
+    assert grown < 4 + 64

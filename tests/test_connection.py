@@ -1,0 +1,528 @@
+"""Many requests on one connection: whoever is cancelled, whatever breaks, nobody gets what is another's."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import anyio
+import anyio.lowlevel
+import numpy as np
+import pytest
+
+import aionpredis
+from aionpredis.errors import ConnectionLost, OutcomeUnknown, ProtocolError, Stalled
+from aionpredis.requests import row_views, rows_reply
+from aionpredis.wire.connection import DEEP, MAX_SNAPSHOT, Connection
+from aionpredis.wire.resp import MAX_BULK, Blob, Reply, encode
+from aionpredis.wire.socket import wrap
+
+from .proxy import Proxy, scripted
+from .strategies import equal
+
+pytestmark = pytest.mark.anyio
+
+STATE = (80, 80)
+
+
+@pytest.fixture
+def proxy(url: str, tmp_path: Path) -> Iterator[Proxy]:
+    with Proxy(url, tmp_path) as proxy:
+        yield proxy
+
+
+def connection_on(sock: socket.socket, timeout: float = 10.0) -> Connection:
+    return Connection(wrap(sock), timeout=timeout, max_bulk=MAX_BULK)
+
+
+@asynccontextmanager
+async def peer(*steps: bytes | int, timeout: float = 10.0) -> AsyncIterator[Connection]:
+    """A connection to a scripted peer."""
+    with scripted(*steps) as sock:
+        connection = connection_on(sock, timeout)
+        try:
+            yield connection
+        finally:
+            connection.close()
+
+
+async def ask(connection: Connection, *arguments: Any) -> Any:
+    reply = Reply()
+    await connection.wait(connection.submit(encode(*arguments), reply))
+    return reply.result()
+
+
+# --- cancellation ----------------------------------------------------------------------------------------------------
+
+
+async def test_cancelled_calls_never_disturb_others_nor_write_later(url: str) -> None:
+    rng = np.random.default_rng(7)
+    arrays = {f"k{i}": rng.integers(0, 1 << 16, STATE, np.uint16) for i in range(24)}
+    big = rng.integers(0, 256, 5 << 20, np.uint8)
+    left: list[tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]] = []
+    async with aionpredis.connect(url) as client:
+        await client.mset(arrays)
+        await client.set("big", big)
+        keys, expected = list(arrays), np.stack(list(arrays.values()))
+        stop = False
+
+        async def honest(index: int) -> int:
+            rounds = 0
+            while not stop:
+                key = keys[(index * 7 + rounds) % len(keys)]
+                got = await client.get(key)
+                assert got is not None
+                assert (got == arrays[key]).all(), "another caller's reply"
+                out = np.empty_like(expected)
+                assert (await client.mget(keys, out=out)).all()
+                assert (out == expected).all()
+                rounds += 1
+            return rounds
+
+        async def moody(kind: int, wait: float, yields: int) -> None:
+            out = np.zeros_like(expected) if kind == 0 else np.zeros_like(big)
+            with anyio.CancelScope() as scope:
+                async with anyio.create_task_group() as tasks:
+
+                    async def call() -> None:
+                        if kind == 0:
+                            await client.mget(keys, out=out)
+                        elif kind == 1:
+                            await client.get("big", out=out)
+                        elif kind == 2:
+                            await client.set("big", big)
+                        else:
+                            await client.set_record("r", arrays)
+
+                    tasks.start_soon(call)
+                    for _ in range(yields):
+                        await anyio.lowlevel.checkpoint()
+                    if wait:
+                        await anyio.sleep(wait)
+                    scope.cancel()
+            left.append((out, out.copy()))
+
+        async with anyio.create_task_group() as tasks:
+            for index in range(2):
+                tasks.start_soon(honest, index)
+            for step in range(24):
+                await moody(step % 4, float(rng.choice([0, 0, 0.0005, 0.002])), int(rng.integers(0, 9)))
+            stop = True
+        with anyio.fail_after(5):
+            assert await client.execute("PING") == b"PONG"
+            assert equal(await client.get("big"), big)
+    assert all((out == before).all() for out, before in left), "written after the call had been cancelled"
+
+
+async def test_cancelled_half_sent_small_request_is_completed_from_a_copy() -> None:
+    ours, theirs = socket.socketpair()
+    with theirs:
+        theirs.setblocking(False)
+        connection = connection_on(ours)
+        ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        memory = bytearray(b"m" * 500_000)
+        command = encode("SET", "k", memory)
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(connection.wait, connection.submit(command, Reply()))
+            await anyio.wait_all_tasks_blocked()
+            tasks.cancel_scope.cancel()
+        memory[:] = b"X" * len(memory)  # the caller uses its memory again
+        result: list[Any] = []
+
+        async def other() -> None:
+            result.append(await ask(connection, "PING"))
+
+        got = bytearray()
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(other)
+            whole = b"".join(
+                [b"*3\r\n$3\r\nSET\r\n$1\r\nk\r\n$500000\r\n", b"m" * 500_000, b"\r\n*1\r\n$4\r\nPING\r\n"]
+            )
+            with anyio.fail_after(10):
+                while len(got) < len(whole):
+                    await anyio.lowlevel.checkpoint()
+                    try:
+                        got += theirs.recv(1 << 16)
+                    except BlockingIOError:
+                        await anyio.sleep(0.001)
+            theirs.send(b"+OK\r\n+PONG\r\n")
+        assert got == whole
+        assert result == [b"PONG"]
+        connection.close()
+
+
+async def test_cancelled_half_sent_large_request_gives_the_connection_up(proxy: Proxy) -> None:
+    big = np.ones(64 << 20, np.uint8)
+    async with aionpredis.connect(proxy.url) as client:
+        await client.set("a", np.arange(3))
+        proxy.stalled = True
+        results: list[Any] = []
+
+        async def fill(scope: anyio.CancelScope) -> None:
+            with scope:
+                await client.set("big", big)
+
+        async def get() -> None:
+            results.append(await client.get("a"))
+
+        async def count() -> None:
+            try:
+                await client.execute("INCR", "steps")
+            except ConnectionLost as error:
+                results.append(error)
+
+        scope = anyio.CancelScope()
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(count)
+            await anyio.sleep(0.02)
+            tasks.start_soon(fill, scope)
+            await anyio.sleep(0.05)
+            tasks.start_soon(get)
+            await anyio.sleep(0.01)
+            scope.cancel()
+            await anyio.sleep(0.01)
+            proxy.stalled = False
+        assert any(isinstance(result, OutcomeUnknown) for result in results)
+        assert [result.tolist() for result in results if isinstance(result, np.ndarray)] == [[0, 1, 2]]
+        assert proxy.connections == 2
+        assert await client.get("big") is None
+
+
+async def test_cancelled_unsent_request_leaves_no_trace() -> None:
+    async with peer(len(b"*1\r\n$4\r\nPING\r\n"), b"+PONG\r\n") as connection:
+        reply = connection.submit(encode("SET", "k", bytes(100_000)), Reply())
+        connection.abandon(reply)
+        assert reply.done
+        with anyio.fail_after(5):
+            assert await ask(connection, "PING") == b"PONG"
+
+
+async def test_cancelled_driver_hands_over(url: str) -> None:
+    async with aionpredis.connect(url) as client, client.blocking() as connection:
+        # BLPOP keeps the replies behind it waiting, so the tasks that wait for them depend on whoever drives
+        blocked = connection.submit(encode("BLPOP", "nothing", "0.3"), Reply())
+        scopes = [anyio.CancelScope() for _ in range(6)]
+        results: list[Any] = []
+
+        async def wait(reply: Reply, scope: anyio.CancelScope) -> None:
+            with scope:
+                await connection.wait(reply)
+                results.append(reply.result())
+
+        replies = [blocked, *(connection.submit(encode("ECHO", str(i)), Reply()) for i in range(5))]
+        with anyio.fail_after(5):
+            async with anyio.create_task_group() as tasks:
+                for reply, scope in zip(replies, scopes, strict=True):
+                    tasks.start_soon(wait, reply, scope)
+                    await anyio.lowlevel.checkpoint()
+                await anyio.sleep(0.02)
+                for scope in scopes[:4]:
+                    scope.cancel()
+                    await anyio.lowlevel.checkpoint()
+        assert sorted(results) == [b"3", b"4"]
+        assert await ask(connection, "PING") == b"PONG"
+
+
+async def test_task_cancelled_while_it_is_being_woken_passes_the_turn_on() -> None:
+    async with peer(3 * len(b"*1\r\n$1\r\nA\r\n"), b"+a\r\n", b"+b\r\n+c\r\n") as connection:
+        replies = [connection.submit(encode("A"), Reply()) for _ in range(3)]
+        results: list[Any] = []
+        second = anyio.CancelScope()
+
+        async def wait(index: int) -> None:
+            with second if index == 1 else anyio.CancelScope():
+                await connection.wait(replies[index])
+                results.append(replies[index].result())
+                second.cancel()
+
+        with anyio.fail_after(5):
+            async with anyio.create_task_group() as tasks:
+                for index in range(3):
+                    tasks.start_soon(wait, index)
+                    await anyio.lowlevel.checkpoint()
+        assert {b"a", b"c"} <= set(results)
+
+
+async def test_withdrawn_request_wakes_the_task_that_drives_for_it() -> None:
+    ours, theirs = socket.socketpair()
+    with theirs:
+        connection = connection_on(ours)
+        ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        first = connection.submit(encode("SET", "a", bytes(400_000)), Reply())
+        second = connection.submit(encode("SET", "b", b"b"), Reply())
+        with anyio.fail_after(5):
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(connection.wait, second)
+                await anyio.wait_all_tasks_blocked()
+                assert first.sent
+                assert not second.sent
+                connection.abandon(second)
+        connection.close()
+
+
+# --- silence and ends ------------------------------------------------------------------------------------------------
+
+
+async def test_silence_is_noticed_after_timeout_and_not_before() -> None:
+    async with peer(timeout=0.2) as connection:
+        start = time.monotonic()
+        with pytest.raises(Stalled, match=r"0\.2 s"):
+            await ask(connection, "PING")
+        assert 0.19 < time.monotonic() - start < 2
+        with pytest.raises(ConnectionLost):
+            connection.submit(encode("PING"), Reply())
+
+
+async def test_slow_progress_is_no_silence(proxy: Proxy) -> None:
+    array = np.arange(20_000, dtype=np.uint16)
+    async with aionpredis.connect(proxy.url, timeout=0.25) as client:
+        await client.set("a", array)
+        proxy.chunk, proxy.pause = 3000, 0.05
+        start = time.monotonic()
+        assert equal(await client.get("a"), array)
+        assert time.monotonic() - start > 0.5
+        assert proxy.connections == 1
+
+
+async def test_busy_event_loop_is_not_taken_for_silence(url: str) -> None:
+    async with aionpredis.connect(url, timeout=0.1) as client, client.blocking() as connection:
+        reply = connection.submit(encode("BLPOP", "nothing", "0.03"), Reply())
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(connection.wait, reply)
+            await anyio.sleep(0.01)
+            time.sleep(0.3)  # noqa: ASYNC251  # a training step that holds the loop
+        assert reply.values == [None]
+
+
+async def test_stalled_server_fails_every_waiter(proxy: Proxy) -> None:
+    async with aionpredis.connect(proxy.url, timeout=0.2) as client:
+        await client.set("a", np.zeros(3))
+        proxy.stalled = True
+        errors = []
+
+        async def get() -> None:
+            try:
+                await client.get("a")
+            except Stalled as error:
+                errors.append(error)
+
+        with anyio.fail_after(5):
+            async with anyio.create_task_group() as tasks:
+                for _ in range(20):
+                    tasks.start_soon(get)
+        assert len({id(error) for error in errors}) == 20, "each task has an error of its own"
+        proxy.stalled = False
+        assert equal(await client.get("a"), np.zeros(3))
+
+
+async def test_end_of_stream_fails_every_waiter_and_later_requests() -> None:
+    async with peer() as connection:
+        replies = [connection.submit(encode("PING"), Reply()) for _ in range(3)]
+        errors = []
+
+        async def wait(reply: Reply) -> None:
+            try:
+                await connection.wait(reply)
+            except ConnectionLost as error:
+                errors.append(error)
+
+        with anyio.fail_after(5):
+            async with anyio.create_task_group() as tasks:
+                for reply in replies:
+                    tasks.start_soon(wait, reply)
+                await anyio.wait_all_tasks_blocked()
+                connection.close()
+        assert len(errors) == 3
+
+
+async def test_nonsense_fails_all_waiters_but_those_whose_replies_came_before_it() -> None:
+    async with peer(4 * len(b"*1\r\n$1\r\nA\r\n"), b"+one\r\n+two\r\n+three\r\n%nonsense\r\n") as connection:
+        replies = [connection.submit(encode("A"), Reply()) for _ in range(5)]
+        outcome: dict[int, Any] = {}
+
+        async def wait(index: int) -> None:
+            try:
+                await connection.wait(replies[index])
+                outcome[index] = replies[index].result()
+            except ConnectionLost as error:
+                outcome[index] = type(error)
+
+        with anyio.fail_after(5):
+            async with anyio.create_task_group() as tasks:
+                for index in (4, 0, 1, 2, 3):
+                    tasks.start_soon(wait, index)
+        assert outcome == {0: b"one", 1: b"two", 2: b"three", 3: ProtocolError, 4: ProtocolError}
+
+
+@pytest.mark.parametrize("direction", ["cut_up", "cut_down"])
+async def test_reads_and_sets_survive_a_cut_at_any_byte(proxy: Proxy, direction: str) -> None:
+    rng = np.random.default_rng(5)
+    rows = rng.integers(0, 1 << 16, (20, *STATE), np.uint16)
+    keys = [f"k{i}" for i in range(20)]
+    async with aionpredis.connect(proxy.url) as client:
+        for cut in (1, 70, 13_000, int(rng.integers(20_000, 250_000))):
+            setattr(proxy, direction, None)
+            await client.delete(*keys)
+            proxy.cut()
+            await anyio.sleep(0.01)
+            setattr(proxy, direction, 200 + cut)  # the handshake has less
+            for key, row in zip(keys, rows, strict=True):
+                await client.set(key, row)
+            out = np.empty_like(rows)
+            assert (await client.mget(keys, out=out)).all()
+            assert (out == rows).all()
+            for got, row in zip(await client.mget(keys), rows, strict=True):
+                assert (got == row).all()
+        assert proxy.cuts >= 4
+
+
+async def test_command_that_is_not_repeatable_is_not_repeated(proxy: Proxy) -> None:
+    async with aionpredis.connect(proxy.url) as client:
+        proxy.stalled = True
+
+        async def cut() -> None:
+            await anyio.sleep(0.05)
+            proxy.cut()
+            proxy.stalled = False
+
+        error = None
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(cut)
+            try:
+                await client.execute("INCR", "steps")
+            except OutcomeUnknown as unknown:
+                error = unknown
+        assert "whether it ran is not known" in str(error)
+        assert int(await client.execute("INCR", "steps")) == 1
+
+
+# --- throughput's conditions -----------------------------------------------------------------------------------------
+
+
+async def test_sixty_four_tasks_get_their_own_replies(url: str) -> None:
+    async with aionpredis.connect(url) as client:
+
+        async def work(index: int) -> None:
+            mine = np.full(STATE, index, np.uint16)
+            for turn in range(20):
+                await client.set(f"{index}-{turn}", mine + np.uint16(turn))
+                got = await client.get(f"{index}-{turn}", out=np.empty_like(mine))
+                assert got is not None
+                assert (got == index + turn).all()
+                assert await client.execute("ECHO", f"{index}:{turn}") == f"{index}:{turn}".encode()
+
+        with anyio.fail_after(30):
+            async with anyio.create_task_group() as tasks:
+                for index in range(64):
+                    tasks.start_soon(work, index)
+
+
+async def test_deep_queue_is_sent_even_if_the_peer_answers_only_the_last() -> None:
+    count = 20 * DEEP
+    command = b"*1\r\n$1\r\nA\r\n"
+    async with peer(count * len(command), b"+x\r\n" * count) as connection:
+        with anyio.fail_after(5):
+            async with anyio.create_task_group() as tasks:
+                for _ in range(count):
+                    tasks.start_soon(ask, connection, "A")
+
+
+async def test_both_directions_move_when_both_buffers_are_full() -> None:
+    # A peer that takes the next request only when its replies are taken: 64 MB each way.
+    size = 8 << 20
+    command = encode("SET", "k", bytes(size))
+    total = sum(map(len, command))
+    answer = b"$%d\r\n%b\r\n" % (size, bytes(size))
+    steps = [step for _ in range(8) for step in (total - size // 2, answer, size // 2)]
+    async with peer(*steps) as connection:
+        replies = [connection.submit(command, Reply()) for _ in range(8)]
+        with anyio.fail_after(20):
+            for reply in replies:
+                await connection.wait(reply)
+        assert all(len(reply.values[0]) == size for reply in replies)
+
+
+async def test_request_behind_a_full_buffer_reaches_a_peer_that_waits_for_it() -> None:
+    # The driver waits for the first reply, for reading only, when the second request is submitted and does not fit.
+    first, second = encode("A"), encode("SET", "k", bytes(8 << 20))
+    sizes = [sum(map(len, command)) for command in (first, second)]
+    async with peer(sizes[0] + sizes[1], b"+first\r\n+second\r\n") as connection:
+        with anyio.fail_after(10):
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(ask, connection, "A")
+                await anyio.sleep(0.05)
+                assert await ask(connection, "SET", "k", bytes(8 << 20)) == b"second"
+
+
+async def test_request_of_many_parts_is_sent_whole(url: str) -> None:
+    parts = [bytes([i % 256]) * (1024 + i) for i in range(500)]
+    async with aionpredis.connect(url) as client:
+        await client.send(encode("SET", "k", Blob(parts)))
+        assert await client.execute("GET", "k") == b"".join(parts)
+
+
+async def test_what_cannot_be_sent_does_not_block_the_queue() -> None:
+    async with peer() as connection:
+        unsendable = np.arange(4000, dtype=np.uint8)[::2].data
+        with pytest.raises(ConnectionLost, match="sending failed"):
+            await connection.wait(connection.submit([unsendable], Reply()))
+        assert connection.lost is not None
+
+
+async def test_sockets_number_may_be_used_again_at_once(url: str) -> None:
+    async with aionpredis.connect(url) as client:
+        for _ in range(5):
+            async with client.blocking() as connection:
+                reply = connection.submit(encode("BLPOP", "nothing", "5"), Reply())
+                with pytest.raises(ConnectionLost):
+                    async with anyio.create_task_group() as tasks:
+
+                        async def close(connection: Connection = connection) -> None:
+                            await anyio.sleep(0.01)
+                            connection.close()
+
+                        tasks.start_soon(close)
+                        try:
+                            await connection.wait(reply)
+                        except ConnectionLost as error:
+                            lost = error
+                    raise lost
+            async with client.blocking() as connection:  # gets the same number
+                with anyio.fail_after(5):
+                    assert await ask(connection, "PING") == b"PONG"
+
+
+async def test_scattered_rows_come_whole_through_a_trickle() -> None:
+    rows = np.random.default_rng(3).integers(0, 256, (3, 1000), np.uint8)
+    wire = b"*3\r\n" + b"".join(b"$1003\r\nhdr%b\r\n" % row.tobytes() for row in rows)
+    steps = [wire[start : start + 37] for start in range(0, len(wire), 37)]
+    async with peer(*steps) as connection:
+        out = np.zeros_like(rows)
+        reply = rows_reply(b"hdr", row_views(out))
+        await connection.wait(connection.submit(encode("MGET", "a", "b", "c"), reply))
+        assert reply.matched
+        assert (out == rows).all()
+
+
+@pytest.mark.parametrize("anyio_backend", [("asyncio", {"debug": True})], ids=["asyncio-debug"])
+async def test_asyncio_debug_mode_finds_nothing(url: str, anyio_backend: Any) -> None:
+    assert asyncio.get_running_loop().get_debug()
+    async with aionpredis.connect(url) as client:
+        async with client.writer() as writer:
+            for i in range(50):
+                await writer.put(f"k{i}", np.full(STATE, i, np.uint16))
+        out = np.empty((50, *STATE), np.uint16)
+        assert (await client.mget([f"k{i}" for i in range(50)], out=out)).all()
+        assert (out[:, 0, 0] == np.arange(50)).all()
+        with anyio.move_on_after(0.01):
+            async with client.blocking() as connection:
+                await ask(connection, "BLPOP", "nothing", "1")
+
+
+def test_snapshot_limit_fits_the_requests_that_are_batched() -> None:
+    assert MAX_SNAPSHOT > 256 * 1024

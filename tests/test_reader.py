@@ -1,0 +1,430 @@
+"""Epochs and followers: each committed transition once, in contiguous batches."""
+
+from __future__ import annotations
+
+import random
+import time
+import warnings
+from typing import Any
+
+import anyio
+import anyio.lowlevel
+import numpy as np
+import pytest
+import redis
+
+import aionpredis
+from aionpredis import Client, Replay, ReplayGone, Run, Schema, SchemaMismatch
+from aionpredis.replay.log import Seen
+
+from .replays import SCHEMA, data_keys, fill, kill_connections, log_entries, replay_of, uids
+
+pytestmark = pytest.mark.anyio
+
+
+async def filled(client: Client, count: int, *, chunk: int = 4, flush_every: int = 10**9) -> tuple[Replay, Run]:
+    """A run with the transitions 0 … count-1; with ``flush_every`` it has partial chunks, too."""
+    replay = replay_of(client, chunk=chunk)
+    run = await replay.begin_run()
+    async with replay.actor() as actor:
+        await actor.join()
+        for uid in range(count):
+            await fill(actor, range(uid, uid + 1))
+            if uid % flush_every == flush_every - 1:
+                await actor.flush()
+    return replay, run
+
+
+def key_of(stock: redis.Redis, index: int) -> bytes:
+    run, incarnation, seq, _ = log_entries(stock)[index]
+    return b"r:%d:%b:%d" % (run, incarnation.hex().encode(), seq)
+
+
+@pytest.mark.parametrize(
+    ("count", "chunk", "flush_every", "batch"),
+    [
+        (64, 4, 10**9, 8),
+        (61, 4, 7, 10),
+        (61, 16, 5, 3),
+        (50, 7, 10**9, 100),
+        (9, 4, 3, 1),
+        (0, 4, 1, 8),
+        (40, 4, 10**9, 6),
+    ],
+)
+async def test_epoch_has_everything_once_in_batches_of_the_exact_size(
+    url: str, count: int, chunk: int, flush_every: int, batch: int
+) -> None:
+    async with aionpredis.connect(url) as client:
+        replay, _ = await filled(client, count, chunk=chunk, flush_every=flush_every)
+        sizes = []
+        found: list[int] = []
+        reader = await replay.epoch(batch=batch, shuffle=False)
+        async for columns in reader:
+            sizes.append(len(columns["uid"]))
+            found += columns["uid"].tolist()
+            for name, (dtype, shape) in SCHEMA.items():
+                array = columns[name]
+                assert array.dtype == dtype
+                assert array.shape == (sizes[-1], *shape)
+                assert array.flags.c_contiguous
+                assert array.flags.writeable
+            assert (columns["state"] == (columns["uid"] % 256)[:, None]).all()
+        full, rest = divmod(count, batch)
+        assert sizes == [batch] * full + ([rest] if rest else [])
+        assert found == list(range(count))
+        assert reader.stats.transitions == count
+        assert reader.stats.chunks == len(await _chunks(replay))
+        assert sorted(await uids(await replay.epoch(batch=batch))) == found
+        assert len(await uids(await replay.epoch(batch=batch, drop_last=True))) == full * batch
+
+
+async def _chunks(replay: Replay) -> list[Any]:
+    chunks: list[Any] = []
+    await (await replay.epoch()).log.read_all(chunks)
+    return chunks
+
+
+async def test_order_is_that_of_the_seed(url: str) -> None:
+    async with aionpredis.connect(url) as client:
+        replay, _ = await filled(client, 80)
+        orders = [await uids(await replay.epoch(batch=10, seed=seed)) for seed in (1, 1, 2)]
+        assert orders[0] == orders[1] != orders[2]
+        assert orders[0] != list(range(80))
+        assert sorted(orders[0]) == list(range(80))
+
+
+async def test_batches_share_no_memory(url: str) -> None:
+    async with aionpredis.connect(url) as client:
+        replay, _ = await filled(client, 60)
+        batches = [batch async for batch in await replay.epoch(batch=10, shuffle=False)]
+        for batch in batches:
+            batch["uid"][:] = -1
+            batch["state"][:] = 77
+        again = [batch["uid"].tolist() async for batch in await replay.epoch(batch=10, shuffle=False)]
+        assert [uid for uids in again for uid in uids] == list(range(60))
+        for i, one in enumerate(batches):
+            for other in batches[i + 1 :]:
+                assert not np.shares_memory(one["uid"], other["uid"])
+                assert not np.shares_memory(one["state"], other["state"])
+
+
+async def test_epoch_ends_although_actors_go_on(url: str) -> None:
+    async with aionpredis.connect(url) as client, aionpredis.connect(url) as other:
+        replay, _ = await filled(client, 100)
+
+        async def go_on() -> None:
+            async with replay_of(other, chunk=1).actor() as actor:
+                await actor.join()
+                while True:
+                    await fill(actor, range(1000, 1010))
+
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(go_on)
+            with anyio.fail_after(10):
+                found = await uids(await replay.epoch(batch=64))
+            tasks.cancel_scope.cancel()
+        assert set(range(100)) <= set(found)
+
+
+async def test_after_reads_what_came_since(url: str) -> None:
+    async with aionpredis.connect(url) as client:
+        replay, run = await filled(client, 20)
+        first = await replay.epoch(batch=7)
+        assert len(await uids(first)) == 20
+        async with replay_of(client).actor() as actor:
+            await actor.join()
+            await fill(actor, range(20, 30))
+        second = await replay.epoch(batch=7, after=first)
+        assert sorted(await uids(second)) == list(range(20, 30))
+        assert second.run == run.run
+        await replay.begin_run()
+        with pytest.raises(ValueError, match="after"):
+            await replay.epoch(after=first)
+
+
+async def test_follow_hands_out_what_comes_at_once_and_ends_with_the_run(url: str) -> None:
+    async with aionpredis.connect(url) as client, aionpredis.connect(url) as other:
+        replay = replay_of(client)
+        run = await replay.begin_run()
+        seen: list[tuple[int, float]] = []
+        sent: dict[int, float] = {}
+
+        async def read() -> None:
+            async for batch in await replay_of(other).follow(run, batch=4):
+                seen.extend((uid, time.monotonic()) for uid in batch["uid"].tolist())
+
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(read)
+            async with replay.actor() as actor:
+                await actor.join()
+                for uid in range(42):
+                    sent[uid] = time.monotonic()
+                    await fill(actor, range(uid, uid + 1))
+                    if uid % 4 == 3:
+                        await anyio.sleep(0.005)
+            await replay.begin_run(keep=2)
+        assert [uid for uid, _ in seen] == list(range(42))
+        delays = sorted(at - sent[uid] for uid, at in seen if uid % 4 == 3)
+        assert delays[len(delays) // 2] < 0.1  # and not the 5 s after which a blocking read returns
+
+
+async def test_follow_ends_when_the_log_is_emptied_or_deleted(url: str, stock: redis.Redis) -> None:
+    async with aionpredis.connect(url, timeout=0.4) as client:  # blocking reads return after half of it
+        for end in ("trim", "delete"):
+            _, run = await filled(client, 8)
+            found: list[int] = []
+
+            async def read(run: Run = run, found: list[int] = found) -> None:
+                found += await uids(await replay_of(client).follow(run))
+
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(read)
+                await anyio.sleep(0.1)
+                if end == "trim":
+                    with stock.pipeline() as pipeline:  # nobody sees the next run's first entry
+                        pipeline.xadd("{r}:log", {"begin": "x"}, id=f"{run.run + 1}-0")
+                        pipeline.xtrim("{r}:log", maxlen=0, approximate=False)
+                        pipeline.execute()
+                else:
+                    stock.delete("{r}:log")
+            assert found == list(range(8))
+            stock.flushall()
+
+
+@pytest.mark.parametrize("kind", ["epoch", "follow"])
+async def test_cancelled_steps_lose_and_double_nothing(url: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(aionpredis.streams, "PAGE", 7)
+    rng = random.Random(kind)
+    async with aionpredis.connect(url) as client:
+        replay, run = await filled(client, 150, chunk=2, flush_every=5)
+        await replay.begin_run(keep=2)
+        reader = await (replay.epoch(run, batch=9) if kind == "epoch" else replay.follow(run, batch=9))
+        found: list[int] = []
+        cancelled = 0
+        while True:
+            with anyio.move_on_after(rng.random() * 0.0002 * (1 + cancelled / 10)) as scope:
+                try:
+                    batch = await anext(reader)
+                except StopAsyncIteration:
+                    break
+                found += batch["uid"].tolist()
+            cancelled += scope.cancelled_caught
+        assert cancelled > 0
+        assert sorted(found) == list(range(150))
+
+
+@pytest.mark.filterwarnings("ignore:chunk")
+async def test_step_cancelled_while_a_missing_chunk_is_looked_for(
+    url: str, stock: redis.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with aionpredis.connect(url) as client:
+        replay, _ = await filled(client, 40)
+        stock.delete(key_of(stock, 3))
+        reader = await replay.epoch(batch=8, shuffle=False)
+        get_value = client.get_value
+        scope = anyio.CancelScope()
+
+        async def slow(key: Any) -> Any:
+            scope.cancel()
+            await anyio.lowlevel.checkpoint()
+            return await get_value(key)
+
+        monkeypatch.setattr(client, "get_value", slow)
+        found: list[int] = []
+        with scope:
+            async for batch in reader:
+                found += batch["uid"].tolist()
+        assert scope.cancelled_caught
+        monkeypatch.undo()
+        found += await uids(reader)
+        assert found == [uid for uid in range(40) if not 12 <= uid < 16]
+
+
+async def test_missing_chunk_is_counted_warned_of_and_skipped(url: str, stock: redis.Redis) -> None:
+    async with aionpredis.connect(url) as client:
+        replay, _ = await filled(client, 40)
+        key = key_of(stock, 3)
+        stock.delete(key)
+        reader = await replay.epoch(batch=10, shuffle=False)
+        with pytest.warns(RuntimeWarning, match=key.decode()):
+            found = await uids(reader)
+        assert found == [uid for uid in range(40) if not 12 <= uid < 16]
+        stats = reader.stats
+        assert (stats.missing, stats.evicted, stats.chunks, stats.transitions) == (1, 0, 9, 36)
+
+
+async def test_a_warning_that_is_an_error_does_not_stop_the_reader(url: str, stock: redis.Redis) -> None:
+    async with aionpredis.connect(url) as client:
+        replay, _ = await filled(client, 40)
+        stock.delete(key_of(stock, 9))
+        reader = await replay.epoch(batch=10, shuffle=False)
+        found: list[int] = []
+        with pytest.raises(RuntimeWarning):
+            async for batch in reader:
+                found += batch["uid"].tolist()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            found += await uids(reader)
+        assert found == list(range(36))
+
+
+async def test_all_chunks_missing(url: str, stock: redis.Redis) -> None:
+    async with aionpredis.connect(url) as client:
+        replay, _ = await filled(client, 10)
+        stock.delete(*data_keys(stock))
+        reader = await replay.epoch(batch=2)
+        with pytest.warns(RuntimeWarning):
+            assert await uids(reader) == []
+        assert reader.stats.missing == 3
+
+
+async def test_evicted_chunk_is_counted_and_skipped_without_a_warning(url: str, stock: redis.Redis) -> None:
+    async with aionpredis.connect(url) as client:
+        replay, _ = await filled(client, 40)
+        reader = await replay.epoch(batch=8, shuffle=False)
+        chunks: list[Any] = []
+        reader._source._found = chunks  # type: ignore[attr-defined]
+        await reader.log.read_all(chunks)  # it knows of them, and then:
+        entries: Any = stock.xrange("{r}:log")
+        stock.delete(key_of(stock, 0), key_of(stock, 9))
+        stock.xdel("{r}:log", entries[1][0], entries[10][0])
+        assert await uids(reader) == list(range(4, 36))
+        assert (reader.stats.evicted, reader.stats.missing) == (2, 0)
+
+
+async def test_data_that_is_deleted_while_it_is_looked_for_is_not_missing(
+    url: str, stock: redis.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with aionpredis.connect(url) as client:
+        replay, _ = await filled(client, 8)
+        stock.delete(key_of(stock, 0))
+        get_value = client.get_value
+
+        async def then_delete(key: Any) -> Any:
+            value = await get_value(key)
+            stock.xtrim("{r}:log", maxlen=0, approximate=False)
+            return value
+
+        monkeypatch.setattr(client, "get_value", then_delete)
+        reader = await replay.epoch(shuffle=False)
+        assert await uids(reader) == [4, 5, 6, 7]
+        assert (reader.stats.evicted, reader.stats.missing) == (1, 0)
+
+
+async def test_repeated_and_disordered_log_entries(url: str, stock: redis.Redis) -> None:
+    """A commit may come twice, and after a full server seq 2 before 1."""
+    async with aionpredis.connect(url) as client:
+        replay, run = await filled(client, 24)
+        entries: Any = stock.xrange("{r}:log")
+        fields = [fields for _, fields in entries[1:]]
+        stock.xtrim("{r}:log", minid=f"{run.run}-1000", approximate=False)
+        for number, seq in enumerate([0, 2, 2, 1, 0, 3, 5, 3, 1]):
+            stock.xadd("{r}:log", fields[seq], id=f"{run.run}-{1000 + number}")
+        reader = await replay.epoch(run, batch=100, shuffle=False)
+        found = await uids(reader)
+        assert sorted(found) == [*range(16), *range(20, 24)]
+        assert found[4:8] == [8, 9, 10, 11]
+        assert (reader.stats.duplicates, reader.stats.gaps) == (4, 1)
+
+
+def test_seen_is_bounded_by_what_is_in_flight() -> None:
+    seen = Seen()
+    order = list(range(1000))
+    for start in range(0, 1000, 4):
+        order[start : start + 4] = reversed(order[start : start + 4])
+    for seq in order:
+        assert seen.add(seq)
+        assert not seen.add(seq)
+        assert len(seen.beyond) <= 4
+    assert seen.gaps == 0
+
+
+async def test_entry_that_is_no_commit_is_an_error_each_time(url: str, stock: redis.Redis) -> None:
+    async with aionpredis.connect(url) as client:
+        replay, run = await filled(client, 8)
+        stock.xadd("{r}:log", {"foreign": "x"}, id=f"{run.run}-99")
+        reader = await replay.epoch()
+        for _ in range(2):
+            with pytest.raises(aionpredis.CorruptValue):
+                await uids(reader)
+
+
+async def test_chunk_with_other_columns_is_a_schema_mismatch(url: str) -> None:
+    async with aionpredis.connect(url) as client:
+        await filled(client, 8)
+        other = client.replay("r", Schema(x="f4"))
+        with pytest.raises(SchemaMismatch):
+            await uids(await other.epoch())
+
+
+async def test_columns_without_bytes_and_scalars(url: str) -> None:
+    schema = Schema(nothing=("float32", (0,)), flag="bool", x=("float64", (2, 1)))
+    async with aionpredis.connect(url) as client:
+        replay = client.replay("r", schema, chunk=3)
+        await replay.begin_run()
+        async with replay.actor() as actor:
+            await actor.join()
+            for i in range(20):
+                await actor.append(nothing=np.empty(0, np.float32), flag=i % 2 == 0, x=np.full((2, 1), i, float))
+        batches = [batch async for batch in await replay.epoch(batch=8, shuffle=False)]
+        assert [batch["nothing"].shape for batch in batches] == [(8, 0), (8, 0), (4, 0)]
+        assert np.concatenate([batch["x"] for batch in batches])[:, 1, 0].tolist() == list(range(20))
+
+
+async def test_leaving_the_loop_leaves_the_client_usable(url: str) -> None:
+    async with aionpredis.connect(url) as client:
+        replay, _ = await filled(client, 400)
+        for _ in range(5):
+            async for batch in await replay.epoch(batch=8):
+                assert len(batch["uid"]) == 8
+                break
+            assert await client.get("x") is None
+        assert sorted(await uids(await replay.epoch())) == list(range(400))
+
+
+@pytest.mark.parametrize("kind", ["epoch", "follow"])
+async def test_broken_connections_lose_and_double_nothing(url: str, stock: redis.Redis, kind: str) -> None:
+    async with aionpredis.connect(url) as client:
+        replay, run = await filled(client, 200, chunk=2)
+        if kind == "follow":
+            await replay.begin_run(keep=2)
+        reader = await (replay.epoch(run, batch=10) if kind == "epoch" else replay.follow(run, batch=10))
+        found: list[int] = []
+        async for batch in reader:
+            found += batch["uid"].tolist()
+            if len(found) % 50 == 0:
+                kill_connections(stock)
+        assert sorted(found) == list(range(200))
+
+
+async def test_follower_survives_that_its_blocking_connection_is_killed(url: str, stock: redis.Redis) -> None:
+    async with aionpredis.connect(url) as client, aionpredis.connect(url) as other:
+        replay = replay_of(client)
+        run = await replay.begin_run()
+        found: list[int] = []
+
+        async def read() -> None:
+            found.extend(await uids(await replay_of(other).follow(run, batch=4)))
+
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(read)
+            async with replay.actor() as actor:
+                await actor.join()
+                for first in range(0, 40, 8):
+                    await fill(actor, range(first, first + 8))
+                    await anyio.sleep(0.01)
+                    kill_connections(stock)
+            await replay.begin_run(keep=2)
+        assert found == list(range(40))
+
+
+async def test_without_any_run_there_is_nothing_to_read(url: str) -> None:
+    async with aionpredis.connect(url) as client:
+        replay = replay_of(client)
+        for call in (replay.epoch, replay.follow, replay.count):
+            with pytest.raises(ReplayGone):
+                await call()
+        await replay.begin_run()
+        with pytest.raises(ValueError, match="batch"):
+            await replay.epoch(batch=0)
