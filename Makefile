@@ -12,7 +12,7 @@ demo: $(VENV)/.demo
 	$(BIN)/aionpredis demo
 
 test: $(VENV)/.develop
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 3  # tests wait more than they compute
 
 check: $(VENV)/.develop
 	$(BIN)/ruff check .
