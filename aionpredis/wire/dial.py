@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 import anyio.to_thread
 import redis
 from redis.backoff import NoBackoff
+from redis.connection import parse_url
 from redis.retry import Retry
 
 from aionpredis.errors import AuthenticationError, ConnectError, UsageError
@@ -62,18 +63,17 @@ class Dialer:
             if isinstance(seconds, bool) or not isinstance(seconds, Real) or not 0 < seconds < math.inf:
                 raise UsageError(f"{name} is a positive number of seconds, not {seconds!r}")
         try:
-            pool = redis.ConnectionPool.from_url(
-                url,
-                **{
-                    "socket_connect_timeout": connect_timeout,
-                    "socket_timeout": connect_timeout,
-                    "retry": Retry(NoBackoff(), 0),
-                    **options,
-                },
-            )
+            settings = {
+                "socket_connect_timeout": connect_timeout,
+                "socket_timeout": connect_timeout,
+                "retry": Retry(NoBackoff(), 0),
+                **options,
+                **parse_url(url),  # type: ignore[no-untyped-call]
+                "protocol": 2,  # whatever an environment's REDIS_URL asks for
+            }
+            pool = redis.ConnectionPool(**settings)
             self._make = pool.connection_class
-            # after the URL's own: an environment's REDIS_URL may ask for RESP3
-            self._arguments = pool.connection_kwargs | {"protocol": 2}
+            self._arguments = pool.connection_kwargs
             self._make(**self._arguments)  # unknown options show here, before anything is connected
         except (ValueError, TypeError, redis.RedisError) as error:
             raise UsageError(
