@@ -244,7 +244,7 @@ class Client:
                     header, nbytes = self._last_loaded
                     size = len(header) + nbytes  # 0: nothing is known, so ask for one
                     chosen = [name for _, name in names[asked : asked + (_slice_keys(size) if size else 1)]]
-                    command = resp.encode_keys(b"MGET", chosen)
+                    command = resp.encode_bytes([b"MGET", *chosen])
                     if size:
                         memories = [aligned_empty(nbytes) for _ in chosen]
                         reply_to = partial(values_reply, header, memories)
@@ -284,7 +284,7 @@ class Client:
             while asked < len(names) or len(pipeline):
                 while asked < len(names) and not pipeline.full:
                     part = slice(asked, asked + step)
-                    command = resp.encode_keys(b"MGET", [name for _, name in names[part]])
+                    command = resp.encode_bytes([b"MGET", *(name for _, name in names[part])])
                     reply_to = partial(rows_reply, header, rows[part])
                     pipeline.put(partial(_with, command, reply_to), step * size, asked)
                     asked += step

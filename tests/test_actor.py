@@ -311,8 +311,8 @@ async def test_lease_that_ran_out_is_begun_again(url: str, stock: redis.Redis) -
 
 async def test_lease_is_begun_again_before_xadd_if_half_of_it_is_over(url: str, stock: redis.Redis) -> None:
     """Else the key could be gone between XADD and PERSIST."""
-    async with aionpredis.connect(url) as client, joined(client, lease=0.4) as actor:
-        for milliseconds, renewed in ((0, False), (250, True)):
+    async with aionpredis.connect(url) as client, joined(client, lease=1.6) as actor:
+        for milliseconds, renewed in ((0, False), (1000, True)):
             stock.config_resetstat()
             pause(stock, milliseconds or 1)
             await fill(actor, range(4))

@@ -102,7 +102,7 @@ class _Commit:
         self.run = run
         self.key = key
         self.chunk = chunk
-        self.value = Blob(buffer.value(chunk.rows))
+        self.value = buffer.value(chunk.rows)
         self.leased = 0.0  # when the lease was last begun anew
         self.repeated = False  # it was there already, so it may be in the log, too
         self.searched = f"{run}-{streams.RIGHT_MAX}"  # the log was searched for it down to this entry
@@ -150,6 +150,7 @@ class Actor:
         self._schema = schema
         self._length = chunk
         self._lease = lease
+        self._lease_ms = b"%d" % round(lease * 1000)
         self._seq = 0
         self._numbered = 0  # the run whose chunks _seq counts
         self._last_run = 0  # join() waits for a newer one
@@ -431,26 +432,32 @@ class Actor:
             self._commits.append(self._backlog.popleft())
 
     def _command(self, commit: _Commit) -> list[resp.Buffer]:
-        lease = round(self._lease * 1000)
         if commit.step is _Step.LOG and time.monotonic() - commit.leased > self._lease / 2:
             commit.step = _Step.RENEW  # else the key could be gone between XADD and PERSIST
         match commit.step:
             case _Step.SET:
                 commit.leased = time.monotonic()
                 # NX: an earlier SET of this chunk, whose reply was lost, may be committed by now and live for ever.
-                return resp.encode("SET", commit.key, commit.value, "NX", "PX", lease)
+                return self._set(commit)
             case _Step.RENEW:
                 commit.leased = time.monotonic()
-                return resp.encode("PEXPIRE", commit.key, lease)
+                return resp.encode_bytes([b"PEXPIRE", commit.key, self._lease_ms])
             case _Step.LOG:
-                entry = pack(commit.chunk)
-                return resp.encode("XADD", self._names.log, "NOMKSTREAM", f"{commit.run}-*", FIELD, entry)
+                log = self._names.log.encode()
+                return resp.encode_bytes([b"XADD", log, b"NOMKSTREAM", b"%d-*" % commit.run, FIELD, pack(commit.chunk)])
             case _Step.FIND:
                 return resp.encode(
                     "XREVRANGE", self._names.log, commit.searched, f"{commit.run}-1", "COUNT", streams.PAGE
                 )
             case step:
-                return resp.encode(step.value, commit.key)
+                return resp.encode_bytes([step.value.encode(), commit.key])
+
+    def _set(self, commit: _Commit) -> list[resp.Buffer]:
+        """The SET with its lease; a full chunk is one buffer, sent as it is."""
+        if len(commit.value) > 1:
+            return resp.encode("SET", commit.key, Blob(commit.value), "NX", "PX", self._lease_ms)
+        options = b"$2\r\nNX\r\n$2\r\nPX\r\n$%d\r\n%b\r\n" % (len(self._lease_ms), self._lease_ms)
+        return resp.encode_set(commit.key, b"", commit.value[0], options, 3)
 
     def _advance(self, commit: _Commit, value: Any) -> None:
         """Take the reply to the commit's command; queue its next one, or settle it."""

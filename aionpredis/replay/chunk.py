@@ -46,10 +46,10 @@ class ChunkBuffer:
 
     def episode_ends(self, rows: int) -> bytes:
         """A bit for each transition, lowest first: whether an episode ended there. Empty if it never did."""
-        ends = np.zeros(rows, np.bool_)
-        for name in self.schema.episode_ends:
-            ends |= self.columns[name][:rows]
-        return np.packbits(ends, bitorder="little").tobytes() if ends.any() else b""
+        columns = [self.columns[name][:rows] for name in self.schema.episode_ends]
+        if not any(column.any() for column in columns):
+            return b""
+        return np.packbits(np.logical_or.reduce(columns), bitorder="little").tobytes()
 
 
 class Rows(Protocol):

@@ -26,7 +26,7 @@ from typing import Any, TypeAlias
 from aionpredis.errors import ProtocolError, ServerError, ServerFull, UsageError
 from aionpredis.memory import aligned_empty
 
-__all__ = ["Blob", "Buffer", "Parser", "Pattern", "Reply", "Template", "encode", "encode_keys", "encode_set"]
+__all__ = ["Blob", "Buffer", "Parser", "Pattern", "Reply", "Template", "encode", "encode_bytes", "encode_set"]
 
 Buffer: TypeAlias = "bytes | bytearray | memoryview"
 Argument: TypeAlias = "bytes | str | int | float | Buffer | Blob"
@@ -115,10 +115,9 @@ def _raw(argument: object) -> Buffer:
     raise UsageError(f"an argument is str, bytes, a bytes-like view, int or float, not {type(argument).__name__}")
 
 
-def encode_keys(name: bytes, keys: Sequence[bytes]) -> list[Buffer]:
-    """A command whose arguments are all keys: what :func:`encode` gives, in a third of its time."""
-    head = b"*%d\r\n$%d\r\n%b\r\n" % (1 + len(keys), len(name), name)
-    return [head + b"".join([b"$%d\r\n%b\r\n" % (len(key), key) for key in keys])]
+def encode_bytes(arguments: Sequence[bytes]) -> list[Buffer]:
+    """A command of short ``bytes`` only: what :func:`encode` gives, in a third of its time."""
+    return [b"*%d\r\n" % len(arguments) + b"".join([b"$%d\r\n%b\r\n" % (len(part), part) for part in arguments])]
 
 
 def encode_set(key: bytes, head: bytes, payload: Buffer, options: bytes = b"", extra: int = 0) -> list[Buffer]:
