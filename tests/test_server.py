@@ -9,7 +9,6 @@ import socket
 import stat
 import subprocess
 import sys
-import time
 import tempfile
 import textwrap
 from collections.abc import Iterator
@@ -175,10 +174,7 @@ def test_killing_the_shell_beside_it_leaves_nothing_after_stop() -> None:
         server._process._shell.kill()
         server._process._shell.wait()
         assert ping(server.url)
-    deadline = time.monotonic() + 5
-    while exists(pid):  # ended, but not yet collected by the process that adopted it
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    until(lambda: not exists(pid))  # it has ended, but the process that adopted it must collect it
     assert not folder.exists()
 
 
