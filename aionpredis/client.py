@@ -423,6 +423,11 @@ class Client:
         return await self._topology.connection()
 
     @property
+    def live_connection(self) -> Connection | None:
+        """The shared data connection, if there is one that works."""
+        return None if self._topology is None else self._topology.live_connection
+
+    @property
     def block_seconds(self) -> float:
         """How long a command may block: well below the time after which a silent connection counts as lost."""
         return min(5.0, float(self._settings["timeout"]) / 2)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from ctypes import addressof, c_char
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["ALIGNMENT", "aligned_empty"]
+__all__ = ["ALIGNMENT", "Recycler", "aligned_empty"]
 
 ALIGNMENT = 64
 """Bytes: a cache line, the widest vector register, and what ``.npy`` pads its header to."""
@@ -19,3 +20,33 @@ def aligned_empty(nbytes: int) -> NDArray[np.uint8]:
     # block.ctypes.data takes twice as long
     skip = -addressof(c_char.from_buffer(block)) % ALIGNMENT  # type: ignore[arg-type]
     return block[skip : skip + nbytes]
+
+
+class Recycler:
+    """Hands out memory like :func:`aligned_empty`, and the same again once nobody refers to it any more.
+
+    An array, a view of it, a tensor that shares it: while any of them lives, its memory is not handed out. New memory
+    costs page faults, 12% of reading an epoch. ``most``: pieces that are kept.
+    """
+
+    def __init__(self, nbytes: int, most: int = 6) -> None:
+        self._nbytes = nbytes
+        self._most = most
+        self._kept: list[NDArray[np.uint8]] = []
+        self._unused = 0
+
+    def take(self) -> NDArray[np.uint8]:
+        """Writable memory of ``nbytes`` bytes; of arbitrary content."""
+        for memory in self._kept:
+            if sys.getrefcount(memory.base) == self._unused:
+                return memory[:]
+        memory = aligned_empty(self._nbytes)
+        # Every view, and every view of a view, refers to the base: NumPy sees to that.
+        self._unused = sys.getrefcount(memory.base)
+        if len(self._kept) < self._most and REFERENCES_ARE_COUNTED:
+            self._kept.append(memory)
+        return memory[:]
+
+
+REFERENCES_ARE_COUNTED = sys.implementation.name == "cpython" and getattr(sys, "_is_gil_enabled", lambda: True)()
+"""Whether ``sys.getrefcount`` is exact; otherwise :class:`Recycler` keeps nothing."""

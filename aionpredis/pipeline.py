@@ -20,9 +20,9 @@ __all__ = ["ATTEMPTS", "BACKOFF", "FINAL", "REPLY_WINDOW", "Pipeline"]
 
 T = TypeVar("T")
 
-REPLY_WINDOW = 4 << 20
+REPLY_WINDOW = 2 << 20
 """Bytes of replies that one caller has asked for and not received. With an output-buffer limit the server cuts a connection
-that asks for too much; and this is what the socket's buffers hold."""
+that asks for too much. An epoch takes 5.5 µs a transition with 1 or 2 MiB, 5.8 with 4."""
 
 MAX_REQUESTS = 64
 """Requests in flight of one caller, however short their replies. More brought nothing, and each is looked at for each."""
@@ -47,6 +47,11 @@ class _Entry(Generic[T]):
         self.reply: Reply | None = None
         self.connection: Connection | None = None
 
+    def submit(self, connection: Connection) -> None:
+        buffers, reply = self.make()
+        self.reply = connection.submit(buffers, reply)
+        self.connection = connection
+
 
 class Pipeline(Generic[T]):
     """Keeps requests in flight up to ``REPLY_WINDOW`` bytes of replies.
@@ -69,9 +74,13 @@ class Pipeline(Generic[T]):
         return self._window >= REPLY_WINDOW or len(self._entries) >= MAX_REQUESTS
 
     def put(self, make: Callable[[], tuple[Sequence[Buffer], Reply]], size: int, tag: T) -> None:
-        """Queue the request that ``make`` makes; ``size``: bytes of its reply, as far as known."""
-        self._entries.append(_Entry(make, size, tag))
+        """Send the request that ``make`` makes; ``size``: bytes of its reply, as far as known."""
+        entry = _Entry(make, size, tag)
+        self._entries.append(entry)
         self._window += size
+        connection = self._client.live_connection
+        if connection is not None:  # else next() submits it
+            entry.submit(connection)
 
     async def next(self) -> tuple[Reply, T]:
         """The oldest request's reply and tag.
@@ -86,9 +95,7 @@ class Pipeline(Generic[T]):
                 connection = await self._client.connection()
                 for entry in self._entries:
                     if entry.reply is None or entry.reply.error is not None:
-                        buffers, reply = entry.make()
-                        entry.reply = connection.submit(buffers, reply)
-                        entry.connection = connection
+                        entry.submit(connection)
                 assert oldest.reply is not None
                 assert oldest.connection is not None
                 await oldest.connection.wait(oldest.reply)

@@ -27,6 +27,7 @@ __all__ = [
     "ok_reply",
     "row_views",
     "rows_reply",
+    "set_array",
     "set_command",
     "ttl_options",
     "value_reply",
@@ -37,6 +38,9 @@ Key = str | bytes
 
 MAX_VALUE = 512 << 20
 """Bytes: ``proto-max-bulk-len``. The server drops a connection that sends more in one string."""
+
+SURELY_FITS = MAX_VALUE - (64 << 10)
+"""Bytes of a payload that fits together with any header."""
 
 MAX_TTL = 1e12
 """Seconds, 30,000 years. The server keeps milliseconds in 64 bits."""
@@ -81,13 +85,15 @@ def encode_array(array: object, codec: Codec | None, key: Key | None = None) -> 
     Raises:
         EncodeError: it cannot be stored, or is longer than 512 MiB.
     """
-    if codec is None:
+    if codec is None and (type(array) is not np.ndarray or array.nbytes > SURELY_FITS):
         _check_size(nbytes(array), key)
     try:
         head, payload = npy.encode(array)
     except EncodeError as error:
         error.key = key
         raise
+    if codec is None and len(payload) <= SURELY_FITS:
+        return [head, payload]
     return _finish([head, payload], codec, key)
 
 
@@ -138,6 +144,18 @@ def set_command(key: bytes, value: Sequence[Buffer], options: bytes = b"") -> li
         buffers[0] = b"*5" + bytes(buffers[0])[2:]
         buffers.append(options)
     return buffers
+
+
+def set_array(key: Key, array: object, options: bytes = b"") -> list[Buffer]:
+    """:func:`set_command` of :func:`encode_array` without a codec, in half of its time."""
+    if type(array) is not np.ndarray or array.nbytes > SURELY_FITS:
+        return set_command(key_bytes(key), encode_array(array, None, key), options)
+    try:
+        head, payload = npy.encode(array)
+    except EncodeError as error:
+        error.key = key
+        raise
+    return encode_set(key_bytes(key), head, payload, options, 2 if options else 0)
 
 
 @lru_cache(64)

@@ -28,6 +28,7 @@ from aionpredis.requests import (
     encode_record,
     key_bytes,
     ok_reply,
+    set_array,
     set_command,
     ttl_options,
 )
@@ -39,8 +40,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Writer"]
 
-BATCH_BYTES = 256 * 1024
-"""Bytes of commands sent together: about 20 arrays of 80x80 uint16. From ~200 kB on more brings nothing."""
+BATCH_BYTES = 512 * 1024
+"""Bytes of commands sent together: about 40 arrays of 80x80 uint16. 8.2 µs each with 256 KiB, 7.4 with 512, 7.2 with 1024."""
 
 BATCH_ITEMS = 256
 """Commands sent together, however small."""
@@ -169,11 +170,13 @@ class Writer:
             EncodeError: it cannot be stored; nothing was accepted.
             WriteFailed: items put before could not be stored. Each is reported once. This one was **not** accepted.
         """
+        options = self._options if ttl is None else ttl_options(ttl)
         if self._codec is None:
-            value = encode_array(array, None, key)
+            command = set_array(key, array, options)
         else:
             value = await self._client.encode_value(encode_array, array, self._codec, key)
-        command, size = self._command(key, value, ttl)
+            command = set_command(key_bytes(key), value, options)
+        size = self._check(command)
         # The way that most puts take, without a second coroutine: 0.3 of 4 µs.
         batch = self._current
         if batch is None or not batch.keys or not self._copy or not batch.snapshot(key, command, size):
@@ -181,8 +184,10 @@ class Writer:
 
     async def put_record(self, key: Key, record: Mapping[str, object], *, ttl: float | None = None) -> None:
         """Accept a record; otherwise like :meth:`put`."""
+        options = self._options if ttl is None else ttl_options(ttl)
         value = await self._client.encode_value(encode_record, record, self._codec, key)
-        await self._accept(key, *self._command(key, value, ttl))
+        command = set_command(key_bytes(key), value, options)
+        await self._accept(key, command, self._check(command))
 
     async def flush(self) -> None:
         """Return when everything that was put before is stored.
@@ -195,13 +200,13 @@ class Writer:
             await self._until_settled(self._last)
         self._report()
 
-    def _command(self, key: Key, value: list[Buffer], ttl: float | None) -> tuple[list[Buffer], int]:
-        """The command for an item, and its bytes; raises what has to be reported before the item is accepted."""
-        self._check_open()
-        command = set_command(key_bytes(key), value, self._options if ttl is None else ttl_options(ttl))
+    def _check(self, command: list[Buffer]) -> int:
+        """The bytes of an item's command; raises what has to be said before it is accepted."""
+        if self._closed or self._tasks is None:
+            self._check_open()
         if self._failures:
             self._report()
-        return command, sum(map(len, command))
+        return sum(map(len, command))
 
     async def _accept(self, key: Key, commands: list[Buffer], size: int) -> None:
         if not self._copy or size > self._bound // 2:

@@ -416,7 +416,7 @@ async def test_follower_survives_that_its_blocking_connection_is_killed(url: str
                     await anyio.sleep(0.01)
                     kill_connections(stock)
             await replay.begin_run(keep=2)
-        assert found == list(range(40))
+        assert sorted(found) == list(range(40))  # a chunk whose commit was broken off may come after the next
 
 
 async def test_without_any_run_there_is_nothing_to_read(url: str) -> None:

@@ -174,7 +174,7 @@ def test_killing_the_shell_beside_it_leaves_nothing_after_stop() -> None:
         server._process._shell.kill()
         server._process._shell.wait()
         assert ping(server.url)
-    until(lambda: not exists(pid))  # it has ended, but the process that adopted it must collect it
+    until(lambda: not exists(pid), "collected by the process that adopted it")
     assert not folder.exists()
 
 

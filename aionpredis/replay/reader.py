@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -17,7 +18,7 @@ from aionpredis import codecs, streams
 from aionpredis.errors import SchemaMismatch, ServerError
 from aionpredis.formats import safetensors
 from aionpredis.formats.safetensors import Layout
-from aionpredis.memory import aligned_empty
+from aionpredis.memory import Recycler
 from aionpredis.pipeline import Pipeline
 from aionpredis.replay.log import ChunkId, LogReader, Names
 from aionpredis.replay.schema import Schema
@@ -102,12 +103,14 @@ class FollowSource:
 class _Batch:
     """Arrays that are being filled: ``filled`` rows are spoken for, ``pending`` chunks are still travelling."""
 
-    def __init__(self, schema: Schema, size: int) -> None:
+    def __init__(self, schema: Schema, size: int, recyclers: dict[str, Recycler]) -> None:
         self.arrays: Arrays = {}
         self.rows: dict[str, tuple[memoryview, int]] = {}  # memory, bytes a row
         for name, (dtype, shape) in schema.items():
-            row = dtype.itemsize * int(np.prod(shape))
-            memory = aligned_empty(size * row)
+            row = dtype.itemsize * math.prod(shape)
+            if name not in recyclers:
+                recyclers[name] = Recycler(size * row)
+            memory = recyclers[name].take()
             self.arrays[name] = memory.view(dtype).reshape(size, *shape) if row else np.empty((size, *shape), dtype)
             self.rows[name] = memory.data, row
         self.filled = 0
@@ -153,6 +156,8 @@ def _pattern(header: bytes, row_sizes: tuple[int, ...], cuts: tuple[int, ...], s
 class Batches:
     """``async for batch in …``: dicts of contiguous arrays, ``(rows, *shape)`` by column, memory of their own.
 
+    A batch that nobody refers to any more gives its memory to a later one; one that is kept keeps it.
+
     Every batch has ``batch`` rows but the last one (and one from which the server lost a chunk). Made by
     :meth:`aionpredis.Replay.epoch` and :meth:`~aionpredis.Replay.follow`. Nothing has to be closed; a cancelled step can
     be repeated and loses nothing. ``stats``: see :class:`ReadStats`.
@@ -172,6 +177,7 @@ class Batches:
         self._pipeline: Pipeline[_Wanted] = Pipeline(client)
         self._arrived: tuple[_Wanted, NDArray[np.uint8] | None] | None = None  # has to be placed yet
         self._batches: deque[_Batch] = deque()
+        self._recyclers: dict[str, Recycler] = {}  # by column
         self._layouts: dict[int, Layout] = {}  # by rows: what chunks of that length have looked like
 
     @property
@@ -237,7 +243,7 @@ class Batches:
         row = 0
         while row < chunk.rows:
             if not self._batches or self._batches[-1].filled == self._size:
-                self._batches.append(_Batch(self._schema, self._size))
+                self._batches.append(_Batch(self._schema, self._size, self._recyclers))
             batch = self._batches[-1]
             count = min(chunk.rows - row, self._size - batch.filled)
             wanted.places.append(_Place(batch, slice(batch.filled, batch.filled + count), slice(row, row + count)))

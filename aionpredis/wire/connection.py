@@ -67,8 +67,9 @@ class Connection:
         self._parked = False
         self._waiting: deque[Reply] = deque()
 
-    def submit(self, buffers: Sequence[Buffer], reply: Reply) -> Reply:
-        """Queue a request. Its memory stays borrowed until the reply is done or abandoned. Somebody must then wait.
+    def submit(self, buffers: Sequence[Buffer], reply: Reply, *, send: bool = True) -> Reply:
+        """Queue a request, and send it unless many are unanswered. Its memory stays borrowed until the reply is done or
+        abandoned. Somebody must then wait. ``send=False``: others follow at once, and it goes with them.
 
         Raises:
             ConnectionLost: the connection is closed; nothing was queued.
@@ -77,7 +78,8 @@ class Connection:
             raise _copy(self.lost)
         self._parser.expect(reply)
         self._outbox.append(_Outgoing(buffers, reply))
-        if self._driving and len(self._parser.pending) <= DEEP:
+        if send and len(self._parser.pending) <= DEEP:
+            # At once: the server begins, and what was just written is still in the CPU's cache.
             self._send()
             if self._parked and self._outbox:
                 self._ready.poke()  # it waits for reading only

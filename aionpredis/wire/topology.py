@@ -22,6 +22,12 @@ class OneServer:
         self._failure: ConnectError | None = None  # of the last attempt
         self._closed = False
 
+    @property
+    def live_connection(self) -> Connection | None:
+        """The shared data connection, if there is one that works."""
+        connection = self._connection
+        return connection if connection is not None and connection.lost is None else None
+
     async def connection(self) -> Connection:
         """The shared data connection; made anew if the last one broke.
 
@@ -29,8 +35,8 @@ class OneServer:
             ConnectError: the server cannot be reached. Tasks that waited for one attempt share its outcome.
             UsageError: the client was closed meanwhile.
         """
-        connection = self._connection
-        if connection is not None and connection.lost is None:
+        connection = self.live_connection
+        if connection is not None:
             return connection
         dialed = self._dialed
         async with self._dialing:

@@ -21,6 +21,7 @@ class Writing(Contender):
     async def open(self) -> None:
         self.frames = frames.frames()
         self.count = self.work.size(COUNT)
+        self.keys = [frames.key(index) for index in range(self.count)]  # their making is not what is compared
 
     def sample(self) -> Sample:
         return Sample(self.count, self.count * NBYTES)
@@ -47,7 +48,7 @@ class Recipe(Writing):
 
     async def run(self) -> Sample:
         for index in range(self.count):
-            self.client.set(frames.key(index), frames.pack(self.frames[index % 4]))
+            self.client.set(self.keys[index], frames.pack(self.frames[index % 4]))
         return self.sample()
 
 
@@ -59,7 +60,7 @@ class RedisPipeline(Recipe):
         for start in range(0, self.count, PIPELINE):
             pipeline = self.client.pipeline(transaction=False)
             for index in range(start, min(start + PIPELINE, self.count)):
-                pipeline.set(frames.key(index), frames.pack(self.frames[index % 4]))
+                pipeline.set(self.keys[index], frames.pack(self.frames[index % 4]))
             pipeline.execute()
         return self.sample()
 
@@ -94,7 +95,7 @@ class RedisAsyncio(AsyncPeer):
     async def batch(self, indices: range) -> None:
         pipeline = self.client.pipeline(transaction=False)
         for index in indices:
-            pipeline.set(frames.key(index), frames.pack(self.frames[index % 4]))
+            pipeline.set(self.keys[index], frames.pack(self.frames[index % 4]))
         await pipeline.execute()
 
     async def close(self) -> None:
@@ -122,7 +123,7 @@ class Coredis(AsyncPeer):
     async def batch(self, indices: range) -> None:
         async with self.client.pipeline(transaction=False) as pipeline:
             for index in indices:
-                pipeline.set(frames.key(index), frames.pack(self.frames[index % 4]))
+                pipeline.set(self.keys[index], frames.pack(self.frames[index % 4]))
 
     async def close(self) -> None:
         await self.stack.aclose()
@@ -148,7 +149,7 @@ class Glide(AsyncPeer):
 
         batch = Batch(is_atomic=False)
         for index in indices:
-            batch.set(frames.key(index), frames.pack(self.frames[index % 4]))
+            batch.set(self.keys[index], frames.pack(self.frames[index % 4]))
         await self.client.exec(batch, raise_on_error=True)
 
     async def close(self) -> None:
@@ -188,7 +189,7 @@ class OurSet(Ours):
 
         async def task() -> None:
             for index in indices:
-                await self.client.set(frames.key(index), self.frames[index % 4])
+                await self.client.set(self.keys[index], self.frames[index % 4])
 
         async with anyio.create_task_group() as tasks:
             for _ in range(64):
@@ -203,7 +204,7 @@ class OurWriter(Ours):
     async def run(self) -> Sample:
         async with self.client.writer(copy=self.copy) as writer:
             for index in range(self.count):
-                await writer.put(frames.key(index), self.frames[index % 4])
+                await writer.put(self.keys[index], self.frames[index % 4])
         return self.sample()
 
 
