@@ -17,6 +17,7 @@ import redis
 
 import aionpredis
 from aionpredis import Actor, Client, ReplayGone, RunEnded, Schema, SchemaMismatch, Server, ServerError, UsageError
+from aionpredis.replay.actor import BUFFERS
 
 from .replays import (
     LEASE,
@@ -124,12 +125,12 @@ async def test_append_that_is_not_awaited_is_an_error(url: str) -> None:
         row = {"state": np.zeros(3, np.uint8), "uid": 1, "terminated": False}
         forgotten: list[Awaitable[None]] = []
         with pytest.raises(UsageError, match="await"):
-            for _ in range(6):
+            for _ in range(BUFFERS + 2):
                 forgotten += [actor.append(**row)]
         for coroutine in forgotten:
             await coroutine
         await actor.flush()
-        assert actor.stats.acknowledged == len(forgotten) == 4
+        assert actor.stats.acknowledged == len(forgotten) == BUFFERS
 
 
 async def test_append_that_was_cancelled_while_it_waited_does_not_break_the_actor(url: str, stock: redis.Redis) -> None:
@@ -141,7 +142,7 @@ async def test_append_that_was_cancelled_while_it_waited_does_not_break_the_acto
         assert scope.cancelled_caught
         assert actor.stats.waits == 1
         appended = actor.stats.appended
-        assert appended == 4
+        assert appended == BUFFERS
         await fill(actor, range(appended, 20))
         await actor.flush()
         assert sorted(await uids(await replay_of(client).epoch())) == list(range(20))
@@ -374,7 +375,7 @@ async def test_actor_waits_while_the_server_is_full(kind: str) -> None:
                 tasks.start_soon(fill, actor, range(40))
                 await anyio.sleep(0.5)
                 assert actor.stats.acknowledged == 0
-                assert actor.stats.pending == 16
+                assert actor.stats.pending == 4 * BUFFERS
                 stock.config_set("maxmemory", "0")
             await actor.flush()
             assert sorted(await uids(await replay_of(client).epoch())) == list(range(40))
@@ -461,12 +462,12 @@ anyio.run(main)
 
 
 def test_memory_is_bounded_however_slow_the_server_is() -> None:
-    """400 MB through a bottleneck of 200 MB/s: 4 buffers of 1 MB, and not 400."""
+    """400 MB through a bottleneck of 200 MB/s: a few buffers of 1 MB, and not 400."""
     with Server() as server, SlowServer(server.url, rate=200e6) as slow:
         done = subprocess.run(
             [sys.executable, "-c", HUNGRY, slow.url], capture_output=True, text=True, check=True, timeout=50
         )
     waits, acknowledged, grown = map(int, done.stdout.split())
     assert acknowledged == 1600
-    assert waits > 100
+    assert waits > 20
     assert grown < 4 + 64

@@ -708,9 +708,9 @@ async def test_cancelled_pipeline_step_can_be_taken_again(proxy: Proxy) -> None:
     async with aionpredis.connect(proxy.url) as client:
         await client.mset({str(i): np.array(i) for i in range(9)})
         pipeline: Pipeline[int] = Pipeline(client)
+        proxy.stalled = True
         for i in range(9):
             pipeline.put(lambda i=i: (encode("GET", str(i)), ValueReply()), 200, i)  # type: ignore[misc]
-        proxy.stalled = True
         for _ in range(2):
             with anyio.move_on_after(0.02) as scope:
                 await pipeline.next()

@@ -195,7 +195,7 @@ async def test_cancelled_half_sent_large_request_gives_the_connection_up(proxy: 
 
 async def test_cancelled_unsent_request_leaves_no_trace() -> None:
     async with peer(len(b"*1\r\n$4\r\nPING\r\n"), b"+PONG\r\n") as connection:
-        reply = connection.submit(encode("SET", "k", bytes(100_000)), Reply())
+        reply = connection.submit(encode("SET", "k", bytes(100_000)), Reply(), send=False)
         connection.abandon(reply)
         assert reply.done
         with anyio.fail_after(5):
