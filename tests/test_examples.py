@@ -34,3 +34,11 @@ def test_example_through_redis_url(path: Path, url: str, stock: redis.Redis) -> 
     run_example(path, {"REDIS_URL": url})
     assert stock.info("stats")["total_commands_processed"] > commands + 5
     assert [key for key in stock.scan_iter() if stock.ttl(key) < 0] == []  # actors may leave what has a lease
+
+
+def test_first_example_of_the_readme(tmp_path: Path, url: str, stock: redis.Redis) -> None:
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    example = tmp_path / "example.py"
+    example.write_text(readme.split("```python\n")[1].split("```")[0].replace("unix:///run/redis.sock", url))
+    run_example(example, {})
+    assert stock.dbsize() == 34
