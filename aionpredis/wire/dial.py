@@ -58,7 +58,6 @@ class Dialer:
         self.url = without_secrets(url)
         self._timeout = timeout
         self._max_bulk = max_bulk
-        self._connect_timeout = connect_timeout
         for name, seconds in (("timeout", timeout), ("connect_timeout", connect_timeout)):
             if isinstance(seconds, bool) or not isinstance(seconds, Real) or not 0 < seconds < math.inf:
                 raise UsageError(f"{name} is a positive number of seconds, not {seconds!r}")
