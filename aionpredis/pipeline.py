@@ -16,13 +16,9 @@ if TYPE_CHECKING:
     from aionpredis.client import Client
     from aionpredis.wire.connection import Connection
 
-__all__ = ["ATTEMPTS", "BACKOFF", "FINAL", "REPLY_WINDOW", "Pipeline"]
+__all__ = ["ATTEMPTS", "BACKOFF", "FINAL", "Pipeline"]
 
 T = TypeVar("T")
-
-REPLY_WINDOW = 2 << 20
-"""Bytes of replies that one caller has asked for and not received. With an output-buffer limit the server cuts a connection
-that asks for too much. An epoch takes 5.5 µs a transition with 1 or 2 MiB, 5.8 with 4."""
 
 MAX_REQUESTS = 64
 """Requests in flight of one caller, however short their replies. More brought nothing, and each is looked at for each."""
@@ -54,7 +50,7 @@ class _Entry(Generic[T]):
 
 
 class Pipeline(Generic[T]):
-    """Keeps requests in flight up to ``REPLY_WINDOW`` bytes of replies.
+    """Keeps requests in flight up to the connection's ``reply_window``.
 
     The requests must be repeatable: they are made and sent again when the connection broke, and when a cancelled
     :meth:`next` is called again. No task and nothing to close belongs to it.
@@ -71,7 +67,10 @@ class Pipeline(Generic[T]):
     @property
     def full(self) -> bool:
         """Whether enough is in flight. One request may always be, whatever its size."""
-        return self._window >= REPLY_WINDOW or len(self._entries) >= MAX_REQUESTS
+        if len(self._entries) >= MAX_REQUESTS:
+            return True
+        connection = self._client.live_connection
+        return bool(self._entries) and (connection is None or self._window >= connection.reply_window)
 
     def put(self, make: Callable[[], tuple[Sequence[Buffer], Reply]], size: int, tag: T) -> None:
         """Send the request that ``make`` makes; ``size``: bytes of its reply, as far as known."""

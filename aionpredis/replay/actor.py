@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Awaitable, Generator
 from dataclasses import dataclass, replace
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import anyio
 import anyio.lowlevel
@@ -41,11 +41,12 @@ if TYPE_CHECKING:
 
 __all__ = ["Actor", "ActorStats"]
 
-BUFFERS = 6
+BUFFERS = 12
 """Chunk buffers that circulate in one actor: one is filled while five travel. With 4 of 205 kB an actor that does nothing
 but append waits now and then (9.6 µs a transition), with 6 never (8.5). Few stay in the CPU's cache: copying a 12.8 kB
 state costs 0.7 µs with 4, 1.4 with 64."""
 
+TURN_SECONDS = 2e-4
 MAX_EXPONENT = 10
 """From here on the pauses between attempts do not grow anyway, and ``2**attempt`` would become too large for a float."""
 
@@ -96,7 +97,7 @@ class _Commit:
     Every data key is either named in the log or has a time to live, whatever dies when.
     """
 
-    __slots__ = ("buffer", "chunk", "key", "leased", "repeated", "reply", "run", "searched", "step", "value")
+    __slots__ = ("buffer", "chunk", "key", "leased", "repeated", "run", "searched", "step", "value")
 
     def __init__(self, buffer: ChunkBuffer, run: int, key: bytes, chunk: ChunkId) -> None:
         self.buffer = buffer
@@ -107,8 +108,14 @@ class _Commit:
         self.leased = 0.0  # when the lease was last begun anew
         self.repeated = False  # it was there already, so it may be in the log, too
         self.searched = f"{run}-{streams.RIGHT_MAX}"  # the log was searched for it down to this entry
-        self.reply: Reply | None = None
         self.step = _Step.SET
+
+
+class _Round(NamedTuple):
+    """The next command of each of these commits, sent together: ``reply`` has a value for each."""
+
+    commits: list[_Commit]
+    reply: Reply
 
 
 class Actor:
@@ -158,8 +165,8 @@ class Actor:
         self._stats = ActorStats()
         self._free = [ChunkBuffer(schema, chunk) for _ in range(buffers)]
         self._current: ChunkBuffer | None = None
-        self._commits: deque[_Commit] = deque()  # in the order of their requests on the connection
-        self._backlog: deque[_Commit] = deque()  # to be sent (again)
+        self._rounds: deque[_Round] = deque()  # in the order of their requests on the connection
+        self._backlog: list[_Commit] = []  # to be sent (again)
         self._connection: Connection | None = None
         self._failure: AionpredisError | None = None
         self._ended = False
@@ -167,8 +174,11 @@ class Actor:
         self._tasks: TaskGroup | None = None
         self._work = anyio.Event()
         self._settled = anyio.Event()
+        self._refused = 0  # rounds in a row that a full server refused
         self._unawaited = False
-        self._rows = make_rows(schema, full=self._chunk_full, late=self._late, done=_Done())
+        self._done = _Done()
+        self._turn_ends = 0.0
+        self._rows = make_rows(schema, full=self._chunk_full, late=self._late, done=self._done)
         self.append = self._rows.append
         """``append(*, column=value, …) -> Awaitable[None]``: add one transition; keyword arguments as in the schema.
 
@@ -211,9 +221,7 @@ class Actor:
         finally:
             self._tasks.cancel_scope.cancel()
             await self._tasks.__aexit__(*((kind, error, trace) if cancelled else (None, None, None)))
-            for commit in self._commits:
-                if commit.reply is not None and self._connection is not None:
-                    self._connection.abandon(commit.reply)
+            self._abandon()
         if failure is not None:
             if error is None:
                 raise failure
@@ -238,7 +246,7 @@ class Actor:
             else:
                 self._commit_current()  # nothing is in it: its buffer is free again
                 self.run = None
-        while self._commits or self._backlog:
+        while self._rounds or self._backlog:
             await self._wait_settled()
         self._failure, self._ended, self._gone = None, False, False
         fruitless = 0
@@ -277,18 +285,27 @@ class Actor:
         return self._append_later(values)
 
     async def _append_later(self, values: dict[str, object]) -> None:
-        """The append or flush before this one was cancelled while it waited."""
-        await self._wait_for_buffer()
+        """The append before this one was cancelled while it waited."""
+        await self._next_chunk()
         await self.append(**values)
 
     def _chunk_full(self) -> Awaitable[None]:
-        self._commit_current()
-        if self._free:
+        if time.monotonic() < self._turn_ends and len(self._free) and not self._over:
+            self._commit_current()
             self._begin_chunk()
-            return self._pause()
-        self._stats.waits += 1
+            return self._done
         self._unawaited = True
-        return self._wait_for_buffer()
+        return self._turn()
+
+    async def _turn(self) -> None:
+        """Let others run, then send the chunk that is full and go on with the next one.
+
+        In this order: the replies to the last chunk's commands have come meanwhile, and what they lead to goes with it.
+        """
+        self._unawaited = False
+        await anyio.lowlevel.checkpoint()
+        self._turn_ends = time.monotonic() + TURN_SECONDS
+        await self._next_chunk()
 
     def _commit_current(self) -> None:
         """Hand the rows that are written to the committing task."""
@@ -310,21 +327,18 @@ class Actor:
         self._seq += 1
         self._backlog.append(_Commit(buffer, self.run.run, self._names.data(self.run.run, chunk), chunk))
         connection = self._connection
-        if connection is not None and connection.lost is None and len(self._backlog) == 1:
+        if connection is not None and connection.lost is None and not self._refused:
             self._submit(connection)
         self._work.set()
 
-    async def _pause(self) -> None:
-        await anyio.lowlevel.checkpoint()
+    async def _next_chunk(self) -> None:
         self._check()
-
-    async def _wait_for_buffer(self) -> None:
-        self._unawaited = False
-        self._check()
+        self._commit_current()
         while self._current is None:
             if self._free:
                 self._begin_chunk()
             else:
+                self._stats.waits += 1
                 await self._wait_settled()
                 self._check()
 
@@ -357,7 +371,7 @@ class Actor:
         if self.run is None:
             raise UsageError("no run to flush to: `await actor.join()` first")
         self._commit_current()
-        while self._commits or self._backlog:
+        while self._rounds or self._backlog:
             await self._wait_settled()
         self._check()
         self._begin_chunk()
@@ -370,28 +384,27 @@ class Actor:
     # --- committing --------------------------------------------------------------------------------------------------
 
     async def _commit_loop(self) -> None:
-        attempt = refused = 0
+        attempt = 0
         while True:
-            if not (self._commits or self._backlog):
+            if not (self._rounds or self._backlog):
                 self._work = anyio.Event()
                 await self._work.wait()
                 continue
             try:
-                self._connection = connection = await self._client.connection()
-                self._submit(connection)
-                reply: Reply | None = self._commits[0].reply
-                assert reply is not None
-                await connection.wait(reply)
+                self._connection = connection = self._client.live_connection or await self._client.connection()
+                if not self._rounds:
+                    # What is small waits while something travels, and goes with the next chunk: an actor that appends
+                    # without a pause fills that now.
+                    await anyio.lowlevel.checkpoint()
+                    self._submit(connection)
+                await connection.wait(self._rounds[0].reply)
                 attempt = 0
-                while reply is not None and reply.done:  # and whatever else has come with it
-                    if reply.error is not None:
-                        raise reply.error
-                    self._advance(self._commits.popleft(), reply.values[0])
-                    refused = 0
-                    reply = self._commits[0].reply if self._commits else None
+                while self._rounds and self._rounds[0].reply.done:  # and whatever else has come with it
+                    self._take_round()
+                self._refused = 0
             except ServerFull:  # until there is room: meanwhile append() waits
-                refused += 1
-                await anyio.sleep(BACKOFF.compute(min(refused, MAX_EXPONENT)))
+                self._refused += 1
+                await anyio.sleep(BACKOFF.compute(min(self._refused, MAX_EXPONENT)))
             except (ConnectionLost, ConnectError) as error:
                 attempt += 1
                 self._start_again()
@@ -403,22 +416,43 @@ class Actor:
             except ServerError as error:
                 self._fail(error)
 
+    def _take_round(self) -> None:
+        """Take the replies to the oldest round; raises the first that is an error, after all were taken."""
+        commits, reply = self._rounds[0]
+        if reply.error is not None:
+            raise reply.error
+        self._rounds.popleft()
+        failure: ServerError | None = None
+        for commit, value in zip(commits, reply.values, strict=True):
+            try:
+                self._advance(commit, value)
+            except ServerError as error:
+                failure = failure or error
+        if failure is not None:
+            raise failure
+
     def _start_again(self) -> None:
         """After a broken connection nothing is known about what travelled: each chunk begins with its SET again."""
-        self._backlog.extendleft(reversed(self._commits))
-        self._commits.clear()
+        self._backlog[:0] = [commit for one in self._rounds for commit in one.commits]
+        self._rounds.clear()
         for commit in self._backlog:
             commit.step = _Step.SET
 
     def _fail(self, error: AionpredisError) -> None:
         """Give up what is not committed. What was sent keeps its lease, so nothing stays on the server for ever."""
         self._failure = error
-        for commit in self._commits:
-            if commit.reply is not None and self._connection is not None:
-                self._connection.abandon(commit.reply)
+        self._refused = 0
+        self._abandon()
         self._start_again()
-        while self._backlog:
-            self._settle(self._backlog.popleft(), stale=True)
+        for commit in self._backlog:
+            self._settle(commit, stale=True)
+        self._backlog.clear()
+
+    def _abandon(self) -> None:
+        """Nobody waits for the replies any more, and nothing is read from the buffers."""
+        for one in self._rounds:
+            if self._connection is not None:
+                self._connection.abandon(one.reply)
 
     def _settle(self, commit: _Commit, *, stale: bool) -> None:
         if stale:
@@ -430,11 +464,18 @@ class Actor:
         self._settled.set()
 
     def _submit(self, connection: Connection) -> None:
-        while self._backlog:
-            commit = self._backlog[0]
-            # The last one sends them all: one system call.
-            commit.reply = connection.submit(self._command(commit), Reply(), send=len(self._backlog) == 1)
-            self._commits.append(self._backlog.popleft())
+        """Send the next command of each commit in the backlog, all of them as one request."""
+        if not self._backlog:
+            return
+        commits = self._backlog
+        buffers: list[resp.Buffer] = []
+        for commit in commits:
+            first, *others = self._command(commit)
+            if buffers and len(buffers[-1]) < resp.SMALL:
+                first = b"".join((buffers.pop(), first))
+            buffers += (first, *others)
+        self._rounds.append(_Round(commits, connection.submit(buffers, Reply(len(commits)))))
+        self._backlog = []
 
     def _command(self, commit: _Commit) -> list[resp.Buffer]:
         if commit.step is _Step.LOG and time.monotonic() - commit.leased > self._lease / 2:

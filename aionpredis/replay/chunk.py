@@ -35,6 +35,8 @@ class ChunkBuffer:
             part = self.memory[start + column.start : start + column.stop]
             self.columns[name] = part.view(column.dtype).reshape(column.shape)
         self._header_size = start
+        # A bool is a byte, 0 or 1.
+        self._ends = [self.columns[name].view(np.uint8).data for name in schema.episode_ends]
 
     def value(self, rows: int) -> list[Buffer]:
         """The file with the first ``rows`` transitions: views on this memory."""
@@ -46,10 +48,11 @@ class ChunkBuffer:
 
     def episode_ends(self, rows: int) -> bytes:
         """A bit for each transition, lowest first: whether an episode ended there. Empty if it never did."""
-        columns = [self.columns[name][:rows] for name in self.schema.episode_ends]
-        if not any(column.any() for column in columns):
-            return b""
-        return np.packbits(np.logical_or.reduce(columns), bitorder="little").tobytes()
+        for column in self._ends:
+            if b"\1" in column[:rows].tobytes():  # ten times as fast as any() of an array
+                columns = [self.columns[name][:rows] for name in self.schema.episode_ends]
+                return np.packbits(np.logical_or.reduce(columns), bitorder="little").tobytes()
+        return b""
 
 
 class Rows(Protocol):

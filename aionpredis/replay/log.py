@@ -6,13 +6,17 @@ packed: 1 M entries take 23 MB on the server instead of 36, and a new reader has
 
 from __future__ import annotations
 
+import re
 import struct
 from collections import deque
-from typing import TYPE_CHECKING, NamedTuple
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from aionpredis import streams
 from aionpredis.errors import CorruptValue
 from aionpredis.names import check_name
+from aionpredis.wire import resp
+from aionpredis.wire.resp import Reply
 
 if TYPE_CHECKING:
     from aionpredis.client import Client
@@ -21,6 +25,13 @@ __all__ = ["Begin", "ChunkId", "LogReader", "Names", "pack"]
 
 _ENTRY = struct.Struct("<8sII")
 FIELD = b"c"
+_COMMIT = re.compile(rb"\*2\r\n\$\d{1,2}\r\n\d{1,20}-(\d{1,20})\r\n\*2\r\n\$1\r\nc\r\n\$(\d{1,9})\r\n")
+"""An entry of :data:`FIELD` alone, in RESP, up to the packed commit."""
+
+
+@lru_cache(1024)
+def _data_prefix(name: str, run: int, incarnation: bytes) -> bytes:
+    return f"{name}:{run}:{incarnation.hex()}:".encode()
 
 
 class Names:
@@ -31,7 +42,7 @@ class Names:
         self.log = f"{{{name}}}:log"
 
     def data(self, run: int, chunk: ChunkId) -> bytes:
-        return b"%b:%d:%b:%d" % (self.name.encode(), run, chunk.incarnation.hex().encode(), chunk.seq)
+        return b"%b%d" % (_data_prefix(self.name, run, chunk.incarnation), chunk.seq)
 
     def data_pattern(self, run: int | str) -> str:
         """For ``SCAN … MATCH``. A name's characters have no meaning in a pattern, but for the brackets it cannot have."""
@@ -81,6 +92,30 @@ def parse_begin(run: int, fields: dict[bytes, bytes]) -> Begin:
         raise CorruptValue(f"entry {run}-0 of the log does not begin a run: {fields!r:.200}") from None
 
 
+class CommitsReply(Reply):
+    """Entries of one run: most become a :class:`ChunkId` at once, in 2 µs instead of 8."""
+
+    __slots__ = ()
+
+    def element(self, staging: bytearray, start: int, end: int) -> tuple[ChunkId, int] | None:
+        match = _COMMIT.match(staging, start, end)
+        if match is None:
+            return None
+        at = match.end()
+        stop = at + int(match[2])
+        if stop + 2 > end or stop - at < _ENTRY.size or not staging.startswith(b"\r\n", stop):
+            return None
+        incarnation, seq, rows = _ENTRY.unpack_from(staging, at)
+        return ChunkId(incarnation, seq, rows, bytes(staging[at + _ENTRY.size : stop]), int(match[1])), stop + 2
+
+
+def _commit(entry: list[Any]) -> ChunkId:
+    """The same from an entry as it was parsed."""
+    raw_id, fields = entry
+    packed = fields[1] if len(fields) == 2 and fields[0] == FIELD else b""
+    return unpack(packed, int(raw_id.partition(b"-")[2]))
+
+
 class Seen:
     """Which chunks of one incarnation were read: all below ``mark``, and those in ``beyond``.
 
@@ -124,34 +159,36 @@ class LogReader:
 
     async def read(self, *, wait: bool) -> list[ChunkId]:
         """Chunks committed since the last call; with ``wait``, at least one, unless the run ended or seconds passed."""
-        entries = await self._page()
-        if not entries and wait and not self.ended:
+        present = await self._page()
+        if not present and wait and not self.ended:
             entries = await streams.read_blocking(self._client, self._names.log, self._cursor)
             if not entries:
                 last = await streams.last_generated(self._client, self._names.log)
                 self.ended = last is None or last[0] > self.run
-        return self._take(entries)
+            elif entries[-1][0][0] != self.run:
+                self.ended = True
+            # All are unpacked before anything is noted: an error leaves everything as it was.
+            present = [unpack(fields.get(FIELD, b""), right) for (left, right), fields in entries if left == self.run]
+        return self._take(present)
 
     async def read_all(self, chunks: list[ChunkId] | deque[ChunkId]) -> None:
         """Append all chunks committed since the last call, up to now. Cancelled, it can be called again."""
         while True:
-            entries = await self._page()
-            chunks.extend(self._take(entries))
-            if len(entries) < streams.PAGE:
+            present = await self._page()
+            chunks.extend(self._take(present))
+            if len(present) < streams.PAGE:
                 return
 
-    async def _page(self) -> list[streams.Entry]:
+    async def _page(self) -> list[ChunkId]:
+        """The next commits of the run; none if there are no more yet."""
         left, right = self._cursor
-        return await streams.page(
-            self._client, self._names.log, f"({left}-{right}", f"{self.run}-{streams.RIGHT_MAX}", streams.PAGE
-        )
+        first, last = f"({left}-{right}", f"{self.run}-{streams.RIGHT_MAX}"
+        command = resp.encode("XRANGE", self._names.log, first, last, "COUNT", streams.PAGE)
+        reply = await self._client.request(lambda: (command, CommitsReply()))
+        return [item if type(item) is ChunkId else _commit(item) for item in reply.result()]
 
-    def _take(self, entries: list[streams.Entry]) -> list[ChunkId]:
+    def _take(self, present: list[ChunkId]) -> list[ChunkId]:
         """The chunks that are new."""
-        if entries and entries[-1][0][0] != self.run:
-            self.ended = True
-        # All are unpacked before anything is noted: an error leaves everything as it was.
-        present = [unpack(fields.get(FIELD, b""), right) for (left, right), fields in entries if left == self.run]
         chunks: list[ChunkId] = []
         for chunk in present:
             self._cursor = self.run, chunk.entry

@@ -6,10 +6,9 @@ import math
 import warnings
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from functools import lru_cache
+from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,7 +21,7 @@ from aionpredis.memory import Recycler
 from aionpredis.pipeline import Pipeline
 from aionpredis.replay.log import ChunkId, LogReader, Names
 from aionpredis.replay.schema import Schema
-from aionpredis.requests import ValueReply
+from aionpredis.requests import SLICE, ValueReply
 from aionpredis.wire import resp
 from aionpredis.wire.resp import Buffer, Pattern, Template
 
@@ -128,29 +127,29 @@ class _Batch:
         return {name: array[keep] for name, array in self.arrays.items()}
 
 
-@dataclass
-class _Place:
-    """Rows ``source`` of a chunk go to rows ``target`` of ``batch``."""
+class _Place(NamedTuple):
+    """The rows of a chunk up to ``stop`` (from where the place before ends) go to ``batch``, from row ``first`` on."""
 
     batch: _Batch
-    target: slice
-    source: slice
+    first: int
+    start: int
+    stop: int
 
 
-@dataclass
 class _Wanted:
-    chunk: ChunkId
-    key: bytes
-    places: list[_Place] = field(default_factory=list)
-    lost: bool = False
+    """A chunk and the rows that it goes to."""
+
+    __slots__ = ("chunk", "key", "lost", "places")
+
+    def __init__(self, chunk: ChunkId, key: bytes) -> None:
+        self.chunk = chunk
+        self.key = key
+        self.places: list[_Place] = []
+        self.lost = False
 
 
-@lru_cache(256)
-def _pattern(header: bytes, row_sizes: tuple[int, ...], cuts: tuple[int, ...], size: int) -> Pattern:
-    """A chunk's reply: its file's header, then for each column the rows between the cuts."""
-    items: list[bytes | int] = [b"$%d\r\n%b" % (size, header)]
-    items += [(stop - start) * row for row in row_sizes for start, stop in pairwise(cuts)]
-    return Pattern([*items, b"\r\n"])
+MAX_GROUP = 64
+"""Chunks in one request, however small. Each request costs ~20 µs, and wakes the server."""
 
 
 class Batches:
@@ -174,11 +173,12 @@ class Batches:
         self._source = source
         self._size = batch
         self._drop_last = drop_last
-        self._pipeline: Pipeline[_Wanted] = Pipeline(client)
-        self._arrived: tuple[_Wanted, NDArray[np.uint8] | None] | None = None  # has to be placed yet
+        self._pipeline: Pipeline[list[_Wanted]] = Pipeline(client)
+        self._arrived: deque[tuple[_Wanted, NDArray[np.uint8] | None]] = deque()  # have to be placed yet
         self._batches: deque[_Batch] = deque()
         self._recyclers: dict[str, Recycler] = {}  # by column
-        self._layouts: dict[int, Layout] = {}  # by rows: what chunks of that length have looked like
+        self._layouts: dict[int, Layout] = {}  # by rows: what chunks of that length look like
+        self._patterns: dict[tuple[tuple[int, ...], ...], Pattern] = {}  # by rows and cuts of a group's chunks
 
     @property
     def run(self) -> int:
@@ -200,21 +200,20 @@ class Batches:
                 if arrays is not None:
                     return arrays
                 continue
-            while not self._pipeline.full and (chunk := self._source.take()):
-                self._want(chunk)
-            if self._arrived is not None:
-                await self._place(*self._arrived)
-                self._settle(self._arrived[0])
-                self._arrived = None
+            while not self._pipeline.full and (group := self._next_group()):
+                self._ask(group)
+            if self._arrived:
+                wanted, value = self._arrived[0]
+                await self._place(wanted, value)
+                self._settle(wanted)
+                self._arrived.popleft()
             elif len(self._pipeline):
-                reply, wanted = await self._pipeline.next()
+                reply, group = await self._pipeline.next()
                 if reply.matched:
-                    self._settle(wanted)
-                elif isinstance(reply.values[0], ServerError):
-                    self._ask(wanted)  # if somebody calls again
-                    raise reply.values[0]
+                    for wanted in group:
+                        self._settle(wanted)
                 else:
-                    self._arrived = wanted, reply.values[0]
+                    self._take(group, reply.values)
             elif not await self._source.more():
                 self.stats.duplicates, self.stats.gaps = self._log.duplicates, self._log.gaps
                 if not self._batches or self._drop_last:
@@ -232,13 +231,25 @@ class Batches:
 
     def _settle(self, wanted: _Wanted) -> None:
         self.stats.chunks += not wanted.lost
-        for place in wanted.places:
-            place.batch.pending -= 1
+        for batch, first, start, stop in wanted.places:
+            batch.pending -= 1
             if wanted.lost:
-                place.batch.holes.append(place.target)
+                batch.holes.append(slice(first, first + stop - start))
 
-    def _want(self, chunk: ChunkId) -> None:
-        """Assign a chunk to rows of the batch that is being filled, and on into the next one, and ask for it."""
+    def _next_group(self) -> list[_Wanted]:
+        """The chunks for the next request; none if no more are known at the moment."""
+        group: list[_Wanted] = []
+        room = SLICE
+        while len(group) < MAX_GROUP and (chunk := self._source.take()):
+            group.append(self._assign(chunk))
+            size = chunk.rows * self._schema.row_nbytes
+            room -= size
+            if room < size:  # most likely the next one is as long
+                break
+        return group
+
+    def _assign(self, chunk: ChunkId) -> _Wanted:
+        """Assign a chunk to rows of the batch that is being filled, and on into the next one."""
         wanted = _Wanted(chunk, self._names.data(self._log.run, chunk))
         row = 0
         while row < chunk.rows:
@@ -246,29 +257,60 @@ class Batches:
                 self._batches.append(_Batch(self._schema, self._size, self._recyclers))
             batch = self._batches[-1]
             count = min(chunk.rows - row, self._size - batch.filled)
-            wanted.places.append(_Place(batch, slice(batch.filled, batch.filled + count), slice(row, row + count)))
+            wanted.places.append(_Place(batch, batch.filled, row, row + count))
             batch.filled += count
             batch.pending += 1
             row += count
-        self._ask(wanted)
+        return wanted
 
-    def _ask(self, wanted: _Wanted) -> None:
-        self._pipeline.put(lambda: self._request(wanted), wanted.chunk.rows * self._schema.row_nbytes, wanted)
+    def _ask(self, group: list[_Wanted]) -> None:
+        size = sum(wanted.chunk.rows for wanted in group) * self._schema.row_nbytes
+        self._pipeline.put(lambda: self._request(group), size, group)
 
-    def _request(self, wanted: _Wanted) -> tuple[Sequence[Buffer], ValueReply]:
-        command = resp.encode("GET", wanted.key)
-        layout = self._layouts.get(wanted.chunk.rows)
-        if layout is None:
-            return command, ValueReply()
-        places = wanted.places
-        row_sizes = tuple(places[0].batch.rows[name][1] for name in layout.order)
-        cuts = (0, *(place.source.stop for place in places))
+    def _request(self, group: list[_Wanted]) -> tuple[Sequence[Buffer], ValueReply]:
+        command = b"".join([b"*2\r\n$3\r\nGET\r\n$%d\r\n%b\r\n" % (len(wanted.key), wanted.key) for wanted in group])
+        kinds = tuple([(wanted.chunk.rows, *[place.stop for place in wanted.places]) for wanted in group])
+        pattern = self._patterns.get(kinds)
+        if pattern is None:
+            if len(self._patterns) >= 1024:
+                self._patterns.clear()
+            self._patterns[kinds] = pattern = self._predict(kinds)
         payloads = []
-        for name in layout.order:
-            for place in places:
-                memory, size = place.batch.rows[name]
-                payloads.append(memory[place.target.start * size : place.target.stop * size])
-        return command, ValueReply(1, Template(_pattern(layout.header, row_sizes, cuts, layout.size), payloads))
+        for wanted in group:
+            for name in self._layout(wanted.chunk.rows).order:
+                for batch, first, start, stop in wanted.places:
+                    memory, size = batch.rows[name]
+                    payloads.append(memory[first * size : (first + stop - start) * size])
+        return [command], ValueReply(len(group), Template(pattern, payloads))
+
+    def _layout(self, rows: int) -> Layout:
+        """What a chunk looks like: as one of that length did, or as an actor of this schema makes it."""
+        layout = self._layouts.get(rows)
+        if layout is None:
+            self._layouts[rows] = layout = self._schema.layout(rows)
+        return layout
+
+    def _predict(self, kinds: tuple[tuple[int, ...], ...]) -> Pattern:
+        """The replies to a group: of each chunk its file's header, then for each column the rows between the cuts."""
+        items: list[bytes | int] = []
+        literal = b""
+        for rows, *stops in kinds:
+            layout = self._layout(rows)
+            items.append(literal + b"$%d\r\n%b" % (layout.size, layout.header))
+            for name in layout.order:
+                column = layout.columns[name]
+                size = (column.stop - column.start) // rows
+                items += [(stop - start) * size for start, stop in pairwise((0, *stops))]
+            literal = b"\r\n"
+        return Pattern([*items, literal])
+
+    def _take(self, group: list[_Wanted], values: list[Any]) -> None:
+        """The replies to a group that was not as predicted: arrays, ``None`` or errors."""
+        refused = [wanted for wanted, value in zip(group, values, strict=True) if isinstance(value, ServerError)]
+        self._arrived += [pair for pair in zip(group, values, strict=True) if not isinstance(pair[1], ServerError)]
+        if refused:
+            self._ask(refused)  # if somebody calls again
+            raise next(value for value in values if isinstance(value, ServerError))
 
     async def _place(self, wanted: _Wanted, value: NDArray[np.uint8] | None) -> None:
         """Take a chunk that was not predicted: the first of its length, or one that is not there."""
@@ -287,11 +329,14 @@ class Batches:
                 replay=self._names.name,
                 run=self._log.run,
             )
-        for place in wanted.places:
+        for batch, first, start, stop in wanted.places:
             for name, array in record.items():
-                place.batch.arrays[name][place.target] = array[place.source]
-        if wanted.chunk.rows not in self._layouts and codecs.detect(value.data) is codecs.Kind.RECORD:
-            self._layouts[wanted.chunk.rows] = safetensors.parse(value.data)
+                batch.arrays[name][first : first + stop - start] = array[start:stop]
+        if codecs.detect(value.data) is codecs.Kind.RECORD:
+            found = safetensors.parse(value.data)
+            if found.header != self._layout(wanted.chunk.rows).header:
+                self._layouts[wanted.chunk.rows] = found
+                self._patterns.clear()
 
     async def _look_again(self, wanted: _Wanted) -> NDArray[np.uint8] | None:
         """A chunk that GET did not find: evicted if its log entry is gone, too; else once more, then missing."""

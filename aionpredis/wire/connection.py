@@ -27,6 +27,13 @@ asking costs 12-16 µs and wakes an idle core."""
 DEEP = 8
 """Unanswered requests from which on further ones are sent together, by the driving task, instead of one by one."""
 
+LOCAL_WINDOW = 1 << 20
+"""On a Unix socket. An epoch takes 4.5 µs a transition with 0.5 to 1 MiB, 4.8 with 2 to 4, 5.4 with 4 at times."""
+
+REMOTE_WINDOW = 4 << 20
+"""On TCP: 10 Gb/s with 3 ms between question and answer. (With an output-buffer limit a server cuts a connection that has
+asked for much more than it takes.)"""
+
 MAX_SNAPSHOT = 1 << 20
 """Bytes of a half-sent request that are copied when its caller goes away. For more, the connection is given up."""
 
@@ -58,6 +65,8 @@ class Connection:
 
     def __init__(self, sock: Socket, *, timeout: float, max_bulk: int) -> None:
         self.lost: Exception | None = None
+        self.reply_window = LOCAL_WINDOW if sock.is_local else REMOTE_WINDOW
+        """Bytes of replies that one caller should have asked for and not received."""
         self._sock = sock
         self._ready = readiness(sock.raw)
         self._timeout = timeout
@@ -76,13 +85,19 @@ class Connection:
         """
         if self.lost is not None:
             raise _copy(self.lost)
-        self._parser.expect(reply)
-        self._outbox.append(_Outgoing(buffers, reply))
-        if send and len(self._parser.pending) <= DEEP:
+        pending = self._parser.pending
+        pending.append(reply)
+        if send and len(pending) <= DEEP:
             # At once: the server begins, and what was just written is still in the CPU's cache.
-            self._send()
+            if self._outbox:
+                self._outbox.append(_Outgoing(buffers, reply))
+                self._send()
+            else:
+                self._send_first(buffers, reply)
             if self._parked and self._outbox:
                 self._ready.poke()  # it waits for reading only
+        else:
+            self._outbox.append(_Outgoing(buffers, reply))
         return reply
 
     async def wait(self, reply: Reply) -> None:
@@ -144,6 +159,24 @@ class Connection:
                 self.abort(Stalled(f"no byte moved for {self._timeout} s while a reply was outstanding"))
                 return
 
+    def _send_first(self, buffers: Sequence[Buffer], reply: Reply) -> None:
+        """:meth:`_send` of a request before which nothing waits, in half of its time: most are taken whole."""
+        size = sum(map(len, buffers))
+        if size > TURN or len(buffers) > MAX_VECTORS:
+            self._outbox.append(_Outgoing(buffers, reply))
+            self._send()
+            return
+        try:
+            count = self._sock.send(buffers)
+        except Exception as error:  # not only OSError: see _send()
+            self.abort(ConnectionLost(f"sending failed: {error}"))
+            return
+        if count:
+            reply.sent = True
+        if count < size:
+            self._outbox.append(_Outgoing(buffers, reply))
+            self._took(count)
+
     def _send(self) -> int:
         """Hand the kernel what it takes of the outbox, ~1 MB at most; how many bytes it took."""
         outbox = self._outbox
@@ -167,7 +200,12 @@ class Connection:
         except Exception as error:  # not only OSError: what cannot be sent must not stay first in the queue
             self.abort(ConnectionLost(f"sending failed: {error}"))
             return 0
-        left = count
+        self._took(count)
+        return count
+
+    def _took(self, count: int) -> None:
+        """The kernel has taken so many bytes of the outbox."""
+        outbox, left = self._outbox, count
         while left:
             outgoing = outbox[0]
             outgoing.reply.sent = True
@@ -180,7 +218,6 @@ class Connection:
             outgoing.index += 1
             if outgoing.index == len(outgoing.buffers):
                 outbox.popleft()
-        return count
 
     def _receive(self) -> bool:
         """Take what the kernel has, ~1 MB at most; whether there was anything."""

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 from numbers import Real
 from typing import Any, TypeAlias
@@ -267,6 +267,10 @@ class Reply:
         """Where the next bulk string of ``size`` bytes goes, and what stands for it in ``values``; ``None``: as ``bytes``."""
         return None
 
+    element: Callable[[bytearray, int, int], tuple[Any, int] | None] | None = None
+    """A shortcut for a reply that is a long array: ``element(staging, start, end)`` may give the element that begins at
+    ``start``, and where it ends, if it is complete there and looks as expected; otherwise it is parsed as usual."""
+
     def result(self) -> Any:
         """The only value; raises it if it is a :class:`ServerError`."""
         (value,) = self.values
@@ -449,20 +453,38 @@ class Parser:
                 if not self._feed_template(reply, reply.template, done):
                     return
                 continue
+            if not self._parse_values(reply):
+                return
+            self._finish(done)
+
+    def _parse_values(self, reply: Reply) -> bool:
+        """Take staged values of this reply; whether it has all."""
+        stack = self._stack
+        while True:
+            if reply.element is not None and len(stack) == 1:
+                self._take_elements(reply.element, *stack[0])
             value = self._next_value(reply)
             if value is _INCOMPLETE:
-                return
-            while self._stack:
-                length, items = self._stack[-1]
+                return False
+            while stack:
+                length, items = stack[-1]
                 items.append(value)
                 if len(items) < length:
                     break
                 value = items
-                self._stack.pop()
+                stack.pop()
             else:
                 reply.values.append(value)
                 if len(reply.values) == reply.count:
-                    self._finish(done)
+                    return True
+
+    def _take_elements(
+        self, element: Callable[[bytearray, int, int], tuple[Any, int] | None], length: int, items: list[Any]
+    ) -> None:
+        """Take staged elements of an array by the reply's shortcut; at least one is left, to end the array."""
+        while len(items) < length - 1 and (found := element(self._staging, self._start, self._end)):
+            value, self._start = found
+            items.append(value)
 
     def _feed_template(self, reply: Reply, template: Template, done: list[Reply]) -> bool:
         """Move staged bytes to where the prediction wants them; whether parsing can go on with what is staged."""
@@ -488,16 +510,19 @@ class Parser:
 
     def _next_value(self, reply: Reply) -> Any:
         """The next complete value that is not an array with elements, or ``_INCOMPLETE``."""
+        if self._in_body:
+            return self._take_body()
+        staging, end = self._staging, self._end
         while True:
-            if self._in_body:
-                return self._take_body()
-            stop = self._staging.find(b"\r\n", self._start, self._end)
+            start = self._start
+            stop = staging.find(b"\r\n", start, end)
             if stop < 0:
-                if self._end - self._start > MAX_LINE:
+                if end - start > MAX_LINE:
                     raise ProtocolError(f"no end of line within {MAX_LINE} bytes")
                 return _INCOMPLETE
-            kind = self._staging[self._start]
-            line = bytes(self._view[self._start + 1 : stop])
+            kind = staging[start]
+            line = staging[start + 1 : stop]
+            behind = stop + 2
             if kind == 0x24:  # $
                 size = self._number(line)
                 if size > self._max_bulk or size < -1:
@@ -505,30 +530,30 @@ class Parser:
                 if size >= 0:
                     place = None if reply.abandoned else reply.bulk(size)
                     if place is None and not reply.abandoned and size + 2 <= STAGING // 2:
-                        if self._end - stop - 2 < size + 2:
+                        if end - behind < size + 2:
                             return _INCOMPLETE  # it fits into the staging buffer: wait until it is all there
-                        self._start = stop + 4 + size
-                        if self._staging[self._start - 2 : self._start] != b"\r\n":
+                        self._start = behind + size + 2
+                        if not staging.startswith(b"\r\n", behind + size):
                             raise ProtocolError("a bulk string that is longer than its announced length")
-                        return bytes(self._view[stop + 2 : stop + 2 + size])
-                    self._start = stop + 2
+                        return bytes(staging[behind : behind + size])
+                    self._start = behind
                     self._begin_body(reply, size, place)
-                    continue
+                    return self._take_body()
                 value: Any = None
             elif kind == 0x2B:  # +
-                value = line
+                value = bytes(line)
             elif kind == 0x3A:  # :
                 value = self._number(line)
             elif kind == 0x2D:  # -
-                value = server_error(line)
+                value = server_error(bytes(line))
             elif kind == 0x2A:  # *
                 length = self._number(line)
                 if length > 0:
                     if len(self._stack) >= MAX_DEPTH:
                         raise ProtocolError(f"arrays nested deeper than {MAX_DEPTH}")
                     self._stack.append((length, []))
-                    self._start = stop + 2
-                    if self._start == self._end:
+                    self._start = behind
+                    if behind == end:
                         return _INCOMPLETE
                     continue
                 if length < -1:
@@ -536,13 +561,13 @@ class Parser:
                 value = [] if length == 0 else None
             else:
                 raise ProtocolError(f"a reply that begins with {bytes([kind]) + line[:40]!r}")
-            self._start = stop + 2
+            self._start = behind
             return value
 
     @staticmethod
-    def _number(line: bytes) -> int:
-        if len(line) > 20 or not line.removeprefix(b"-").isdigit():
-            raise ProtocolError(f"{line[:40]!r} where a number belongs")
+    def _number(line: bytearray) -> int:
+        if len(line) > 20 or not (line.isdigit() or (line[:1] == b"-" and line[1:].isdigit())):
+            raise ProtocolError(f"{bytes(line[:40])!r} where a number belongs")
         return int(line)
 
     def _begin_body(self, reply: Reply, size: int, place: tuple[Sequence[memoryview], Any] | None) -> None:

@@ -26,6 +26,8 @@ class Socket(Protocol):
     """What a connection needs of a socket."""
 
     raw: socket.socket
+    is_local: bool
+    """A Unix socket: no distance, and buffers of a fixed size."""
 
     @property
     def wants_write(self) -> bool:
@@ -45,7 +47,8 @@ class PlainSocket:
 
     def __init__(self, raw: socket.socket) -> None:
         self.raw = raw
-        if raw.family == getattr(socket, "AF_UNIX", None):
+        self.is_local = raw.family == getattr(socket, "AF_UNIX", None)
+        if self.is_local:
             raw.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
 
     def send(self, buffers: Sequence[Buffer]) -> int:
@@ -66,6 +69,8 @@ class TLSSocket:
 
     TLS wants a blocked send repeated with the same bytes; so a record's worth is copied, and counts as sent from then on.
     """
+
+    is_local = False
 
     def __init__(self, raw: socket.socket) -> None:
         self.raw = raw
