@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import enum
 import os
 import time
-from collections import deque
 from collections.abc import Awaitable, Generator
 from dataclasses import dataclass, replace
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import anyio
 import anyio.lowlevel
@@ -18,37 +16,34 @@ from anyio.abc import TaskGroup
 from aionpredis import streams
 from aionpredis.errors import (
     AionpredisError,
-    ConnectError,
-    ConnectionLost,
     ReplayGone,
     RunEnded,
     SchemaMismatch,
-    ServerError,
-    ServerFull,
     UsageError,
 )
-from aionpredis.pipeline import ATTEMPTS, BACKOFF, FINAL
+from aionpredis.pipeline import BACKOFF
 from aionpredis.replay import runs
 from aionpredis.replay.chunk import ChunkBuffer, make_rows
-from aionpredis.replay.log import FIELD, Begin, ChunkId, Names, pack
+from aionpredis.replay.commit import MAX_EXPONENT, Committer
+from aionpredis.replay.log import Begin, ChunkId, Names
 from aionpredis.replay.schema import Schema
-from aionpredis.wire import resp
-from aionpredis.wire.connection import Connection
-from aionpredis.wire.resp import Blob, Reply
 
 if TYPE_CHECKING:
     from aionpredis.client import Client
 
 __all__ = ["Actor", "ActorStats"]
 
-BUFFERS = 12
-"""Chunk buffers that circulate in one actor: one is filled while five travel. With 4 of 205 kB an actor that does nothing
-but append waits now and then (9.6 µs a transition), with 6 never (8.5). Few stay in the CPU's cache: copying a 12.8 kB
-state costs 0.7 µs with 4, 1.4 with 64."""
+BUFFER_BYTES = 5 << 19
+"""Bytes of the chunk buffers that circulate in one actor: one is filled while the others travel, each of them three times to
+the server and back. With 6 of 205 kB an actor that does nothing but append waits often (8.6 µs a transition), with 12 hardly
+ever (6.9)."""
 
-TURN_SECONDS = 2e-4
-MAX_EXPONENT = 10
-"""From here on the pauses between attempts do not grow anyway, and ``2**attempt`` would become too large for a float."""
+MIN_BUFFERS, MAX_BUFFERS = 4, 32
+"""Their number, however large or small they are."""
+
+TURN_SECONDS = 200e-6
+"""An actor that appends without a pause lets other tasks run this often, not at every chunk: what has come from the server
+meanwhile is taken at once."""
 
 
 @dataclass
@@ -79,45 +74,6 @@ class _Done:
         yield
 
 
-class _Step(enum.Enum):
-    """The command that a chunk's commit has to send next."""
-
-    SET = "SET"
-    RENEW = "PEXPIRE"
-    LOG = "XADD"
-    KEEP = "PERSIST"
-    CHECK = "EXISTS"
-    FIND = "XREVRANGE"
-    DROP = "UNLINK"
-
-
-class _Commit:
-    """A chunk on its way: SET with a lease → XADD → PERSIST. Until then its buffer is held.
-
-    Every data key is either named in the log or has a time to live, whatever dies when.
-    """
-
-    __slots__ = ("buffer", "chunk", "key", "leased", "repeated", "run", "searched", "step", "value")
-
-    def __init__(self, buffer: ChunkBuffer, run: int, key: bytes, chunk: ChunkId) -> None:
-        self.buffer = buffer
-        self.run = run
-        self.key = key
-        self.chunk = chunk
-        self.value = buffer.value(chunk.rows)
-        self.leased = 0.0  # when the lease was last begun anew
-        self.repeated = False  # it was there already, so it may be in the log, too
-        self.searched = f"{run}-{streams.RIGHT_MAX}"  # the log was searched for it down to this entry
-        self.step = _Step.SET
-
-
-class _Round(NamedTuple):
-    """The next command of each of these commits, sent together: ``reply`` has a value for each."""
-
-    commits: list[_Commit]
-    reply: Reply
-
-
 class Actor:
     """Appends transitions to a replay. Made by :meth:`aionpredis.Replay.actor`; use it with ``async with``::
 
@@ -131,7 +87,7 @@ class Actor:
                     continue                        # a newer run has begun: fetch its policy
 
     :meth:`append` copies the transition and returns at once, until all buffers are travelling; then it waits. So memory
-    is bounded by ``buffers`` chunks. A transition is **acknowledged** when its chunk is in the log: see :attr:`stats`
+    is bounded by :attr:`buffers` chunks. A transition is **acknowledged** when its chunk is in the log: see :attr:`stats`
     and :meth:`flush`. It is in the primary server's memory then; what the server does to keep it is its configuration.
 
     Leaving the block commits what was appended. One task at a time may append.
@@ -146,7 +102,6 @@ class Actor:
         *,
         chunk: int,
         lease: float,
-        buffers: int = BUFFERS,
     ) -> None:
         self.name = name
         self.run: Begin | None = None
@@ -157,24 +112,17 @@ class Actor:
         self._names = names
         self._schema = schema
         self._length = chunk
-        self._lease = lease
-        self._lease_ms = b"%d" % round(lease * 1000)
         self._seq = 0
         self._numbered = 0  # the run whose chunks _seq counts
         self._last_run = 0  # join() waits for a newer one
         self._stats = ActorStats()
-        self._free = [ChunkBuffer(schema, chunk) for _ in range(buffers)]
+        wanted = BUFFER_BYTES // schema.layout(chunk).size
+        self.buffers = max(MIN_BUFFERS, min(MAX_BUFFERS, wanted))
+        """How many chunks are filled or travelling at most."""
+        self._free = [ChunkBuffer(schema, chunk) for _ in range(self.buffers)]
         self._current: ChunkBuffer | None = None
-        self._rounds: deque[_Round] = deque()  # in the order of their requests on the connection
-        self._backlog: list[_Commit] = []  # to be sent (again)
-        self._connection: Connection | None = None
-        self._failure: AionpredisError | None = None
-        self._ended = False
-        self._gone = False
         self._tasks: TaskGroup | None = None
-        self._work = anyio.Event()
-        self._settled = anyio.Event()
-        self._refused = 0  # rounds in a row that a full server refused
+        self._committer = Committer(client, names, lease=lease, settled=self._settled)
         self._unawaited = False
         self._done = _Done()
         self._turn_ends = 0.0
@@ -203,7 +151,7 @@ class Actor:
             raise UsageError("an actor is for one `async with` block")
         self._tasks = anyio.create_task_group()
         await self._tasks.__aenter__()
-        self._tasks.start_soon(self._commit_loop)
+        self._tasks.start_soon(self._committer.work)
         return self
 
     async def __aexit__(
@@ -221,7 +169,7 @@ class Actor:
         finally:
             self._tasks.cancel_scope.cancel()
             await self._tasks.__aexit__(*((kind, error, trace) if cancelled else (None, None, None)))
-            self._abandon()
+            self._committer.abandon()
         if failure is not None:
             if error is None:
                 raise failure
@@ -246,9 +194,9 @@ class Actor:
             else:
                 self._commit_current()  # nothing is in it: its buffer is free again
                 self.run = None
-        while self._rounds or self._backlog:
-            await self._wait_settled()
-        self._failure, self._ended, self._gone = None, False, False
+        while self._committer.busy:
+            await self._committer.progress()
+        self._committer.reset()
         fruitless = 0
         while True:
             begin = await runs.latest(self._client, self._names)
@@ -290,7 +238,7 @@ class Actor:
         await self.append(**values)
 
     def _chunk_full(self) -> Awaitable[None]:
-        if time.monotonic() < self._turn_ends and len(self._free) and not self._over:
+        if time.monotonic() < self._turn_ends and len(self._free) and not self._committer.over:
             self._commit_current()
             self._begin_chunk()
             return self._done
@@ -319,45 +267,45 @@ class Actor:
             self._free.append(buffer)
             return
         self._stats.appended += rows
-        if self._over:
+        if self._committer.over:
             self._stats.stale += rows
             self._free.append(buffer)
             return
         chunk = ChunkId(self.incarnation, self._seq, rows, buffer.episode_ends(rows))
         self._seq += 1
-        self._backlog.append(_Commit(buffer, self.run.run, self._names.data(self.run.run, chunk), chunk))
-        connection = self._connection
-        if connection is not None and connection.lost is None and not self._refused:
-            self._submit(connection)
-        self._work.set()
+        self._committer.commit(buffer, self.run.run, chunk)
+
+    def _settled(self, buffer: ChunkBuffer, rows: int, committed: bool) -> None:
+        if committed:
+            self._stats.acknowledged += rows
+            self._stats.chunks += 1
+        else:
+            self._stats.stale += rows
+        self._free.append(buffer)
 
     async def _next_chunk(self) -> None:
         self._check()
         self._commit_current()
+        self._stats.waits += not self._free
         while self._current is None:
             if self._free:
                 self._begin_chunk()
             else:
-                self._stats.waits += 1
-                await self._wait_settled()
+                await self._committer.progress()
                 self._check()
-
-    @property
-    def _over(self) -> bool:
-        return self._ended or self._gone or self._failure is not None
 
     def _check(self) -> None:
         """Raise what has happened to the run, or to the server."""
-        if not self._over:
+        if not self._committer.over:
             return
         run, name = self.run, self._names.name
         assert run is not None
         self._commit_current()
         self.run = None
-        if self._failure is not None:
+        if self._committer.failure is not None:
             self._last_run = run.run - 1
-            raise self._failure
-        if self._gone:
+            raise self._committer.failure
+        if self._committer.gone:
             raise ReplayGone(f"the log of {name!r} was deleted", replay=name, run=run.run)
         raise RunEnded(f"run {run.run} of {name!r} has ended: a newer one has begun", replay=name, run=run.run)
 
@@ -371,177 +319,7 @@ class Actor:
         if self.run is None:
             raise UsageError("no run to flush to: `await actor.join()` first")
         self._commit_current()
-        while self._rounds or self._backlog:
-            await self._wait_settled()
+        while self._committer.busy:
+            await self._committer.progress()
         self._check()
         self._begin_chunk()
-
-    async def _wait_settled(self) -> None:
-        if self._settled.is_set():
-            self._settled = anyio.Event()
-        await self._settled.wait()
-
-    # --- committing --------------------------------------------------------------------------------------------------
-
-    async def _commit_loop(self) -> None:
-        attempt = 0
-        while True:
-            if not (self._rounds or self._backlog):
-                self._work = anyio.Event()
-                await self._work.wait()
-                continue
-            try:
-                self._connection = connection = self._client.live_connection or await self._client.connection()
-                if not self._rounds:
-                    # What is small waits while something travels, and goes with the next chunk: an actor that appends
-                    # without a pause fills that now.
-                    await anyio.lowlevel.checkpoint()
-                    self._submit(connection)
-                await connection.wait(self._rounds[0].reply)
-                attempt = 0
-                while self._rounds and self._rounds[0].reply.done:  # and whatever else has come with it
-                    self._take_round()
-                self._refused = 0
-            except ServerFull:  # until there is room: meanwhile append() waits
-                self._refused += 1
-                await anyio.sleep(BACKOFF.compute(min(self._refused, MAX_EXPONENT)))
-            except (ConnectionLost, ConnectError) as error:
-                attempt += 1
-                self._start_again()
-                if attempt >= ATTEMPTS or isinstance(error, FINAL):
-                    self._fail(error)
-                    attempt = 0
-                else:
-                    await anyio.sleep(BACKOFF.compute(attempt))
-            except ServerError as error:
-                self._fail(error)
-
-    def _take_round(self) -> None:
-        """Take the replies to the oldest round; raises the first that is an error, after all were taken."""
-        commits, reply = self._rounds[0]
-        if reply.error is not None:
-            raise reply.error
-        self._rounds.popleft()
-        failure: ServerError | None = None
-        for commit, value in zip(commits, reply.values, strict=True):
-            try:
-                self._advance(commit, value)
-            except ServerError as error:
-                failure = failure or error
-        if failure is not None:
-            raise failure
-
-    def _start_again(self) -> None:
-        """After a broken connection nothing is known about what travelled: each chunk begins with its SET again."""
-        self._backlog[:0] = [commit for one in self._rounds for commit in one.commits]
-        self._rounds.clear()
-        for commit in self._backlog:
-            commit.step = _Step.SET
-
-    def _fail(self, error: AionpredisError) -> None:
-        """Give up what is not committed. What was sent keeps its lease, so nothing stays on the server for ever."""
-        self._failure = error
-        self._refused = 0
-        self._abandon()
-        self._start_again()
-        for commit in self._backlog:
-            self._settle(commit, stale=True)
-        self._backlog.clear()
-
-    def _abandon(self) -> None:
-        """Nobody waits for the replies any more, and nothing is read from the buffers."""
-        for one in self._rounds:
-            if self._connection is not None:
-                self._connection.abandon(one.reply)
-
-    def _settle(self, commit: _Commit, *, stale: bool) -> None:
-        if stale:
-            self._stats.stale += commit.chunk.rows
-        else:
-            self._stats.acknowledged += commit.chunk.rows
-            self._stats.chunks += 1
-        self._free.append(commit.buffer)
-        self._settled.set()
-
-    def _submit(self, connection: Connection) -> None:
-        """Send the next command of each commit in the backlog, all of them as one request."""
-        if not self._backlog:
-            return
-        commits = self._backlog
-        buffers: list[resp.Buffer] = []
-        for commit in commits:
-            first, *others = self._command(commit)
-            if buffers and len(buffers[-1]) < resp.SMALL:
-                first = b"".join((buffers.pop(), first))
-            buffers += (first, *others)
-        self._rounds.append(_Round(commits, connection.submit(buffers, Reply(len(commits)))))
-        self._backlog = []
-
-    def _command(self, commit: _Commit) -> list[resp.Buffer]:
-        if commit.step is _Step.LOG and time.monotonic() - commit.leased > self._lease / 2:
-            commit.step = _Step.RENEW  # else the key could be gone between XADD and PERSIST
-        match commit.step:
-            case _Step.SET:
-                commit.leased = time.monotonic()
-                # NX: an earlier SET of this chunk, whose reply was lost, may be committed by now and live for ever.
-                return self._set(commit)
-            case _Step.RENEW:
-                commit.leased = time.monotonic()
-                return resp.encode_bytes([b"PEXPIRE", commit.key, self._lease_ms])
-            case _Step.LOG:
-                log = self._names.log.encode()
-                return resp.encode_bytes([b"XADD", log, b"NOMKSTREAM", b"%d-*" % commit.run, FIELD, pack(commit.chunk)])
-            case _Step.FIND:
-                return resp.encode(
-                    "XREVRANGE", self._names.log, commit.searched, f"{commit.run}-1", "COUNT", streams.PAGE
-                )
-            case step:
-                return resp.encode_bytes([step.value.encode(), commit.key])
-
-    def _set(self, commit: _Commit) -> list[resp.Buffer]:
-        """The SET with its lease; a full chunk is one buffer, sent as it is."""
-        if len(commit.value) > 1:
-            return resp.encode("SET", commit.key, Blob(commit.value), "NX", "PX", self._lease_ms)
-        options = b"$2\r\nNX\r\n$2\r\nPX\r\n$%d\r\n%b\r\n" % (len(self._lease_ms), self._lease_ms)
-        return resp.encode_set(commit.key, b"", commit.value[0], options, 3)
-
-    def _advance(self, commit: _Commit, value: Any) -> None:
-        """Take the reply to the commit's command; queue its next one, or settle it."""
-        if isinstance(value, ServerError):
-            value.command = commit.step.value
-            if commit.step is _Step.LOG and streams.is_stale(value):
-                self._ended = True
-                self._queue(commit, _Step.FIND if commit.repeated else _Step.DROP)
-                return
-            self._queue(commit, commit.step)
-            raise value
-        match commit.step:
-            case _Step.SET:
-                commit.repeated = value is None
-                self._queue(commit, _Step.RENEW if commit.repeated else _Step.LOG)
-            case _Step.RENEW:
-                self._queue(commit, _Step.LOG if value else _Step.SET)
-            case _Step.LOG if value is None:
-                self._gone = True
-                self._queue(commit, _Step.DROP)
-            case _Step.LOG:
-                self._queue(commit, _Step.KEEP)
-            case _Step.KEEP | _Step.CHECK if value:
-                self._settle(commit, stale=False)
-            case _Step.KEEP:  # it had no time to live, or does not exist
-                self._queue(commit, _Step.CHECK)
-            case _Step.CHECK:  # the lease ran out before PERSIST
-                self._queue(commit, _Step.SET)
-            case _Step.FIND if any(fields == [FIELD, pack(commit.chunk)] for _, fields in value):
-                self._queue(commit, _Step.KEEP)  # the run ended after that; its data may still be wanted
-            case _Step.FIND if len(value) == streams.PAGE:
-                commit.searched = f"({value[-1][0].decode()}"
-                self._queue(commit, _Step.FIND)
-            case _Step.FIND:
-                self._queue(commit, _Step.DROP)
-            case _Step.DROP:
-                self._settle(commit, stale=True)
-
-    def _queue(self, commit: _Commit, step: _Step) -> None:
-        commit.step = step
-        self._backlog.append(commit)

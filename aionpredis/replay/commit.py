@@ -1,0 +1,285 @@
+"""Committing chunks: what one actor has on its way to the server.
+
+A chunk's data travels as ``SET NX`` with a lease, is named in the log by ``XADD``, and then kept by ``PERSIST``. So every
+data key is either named in the log or has a time to live, whatever dies when. The steps of one chunk wait for each other;
+those of different chunks travel together.
+"""
+
+from __future__ import annotations
+
+import enum
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import anyio
+import anyio.lowlevel
+
+from aionpredis import streams
+from aionpredis.errors import AionpredisError, ConnectError, ConnectionLost, ServerError, ServerFull
+from aionpredis.pipeline import ATTEMPTS, BACKOFF, FINAL
+from aionpredis.replay.chunk import ChunkBuffer
+from aionpredis.replay.log import FIELD, ChunkId, Names, pack
+from aionpredis.wire import resp
+from aionpredis.wire.connection import Connection
+from aionpredis.wire.resp import Blob, Buffer, Reply
+
+if TYPE_CHECKING:
+    from aionpredis.client import Client
+
+__all__ = ["MAX_EXPONENT", "Committer"]
+
+MAX_EXPONENT = 10
+"""From here on the pauses between attempts do not grow anyway, and ``2**attempt`` would become too large for a float."""
+
+
+class _Step(enum.Enum):
+    """The command that a chunk's commit has to send next."""
+
+    SET = "SET"
+    RENEW = "PEXPIRE"
+    LOG = "XADD"
+    KEEP = "PERSIST"
+    CHECK = "EXISTS"
+    FIND = "XREVRANGE"
+    DROP = "UNLINK"
+
+
+class _Commit:
+    """A chunk on its way; its buffer is held until it is settled."""
+
+    __slots__ = ("buffer", "chunk", "key", "leased", "packed", "repeated", "run", "searched", "step", "value")
+
+    def __init__(self, buffer: ChunkBuffer, run: int, key: bytes, chunk: ChunkId) -> None:
+        self.buffer = buffer
+        self.run = run
+        self.key = key
+        self.chunk = chunk
+        self.packed = pack(chunk)
+        self.value = buffer.value(chunk.rows)
+        self.leased = 0.0  # when the lease was last begun anew
+        self.repeated = False  # it was there already, so it may be in the log, too
+        self.searched = f"{run}-{streams.RIGHT_MAX}"  # the log was searched for it down to this entry
+        self.step = _Step.SET
+
+
+class _Round(NamedTuple):
+    """The next command of each of these commits, sent together: ``reply`` has a value for each."""
+
+    commits: list[_Commit]
+    reply: Reply
+
+
+class Committer:
+    """Commits the chunks of one actor, by :meth:`work` in a task of its own.
+
+    ``settled(buffer, rows, committed)`` is called once for each chunk, and gives the buffer back. ``failure``, ``ended``
+    and ``gone`` say why nothing more is committed until :meth:`reset`: an error, a newer run, or a log that was deleted.
+    """
+
+    def __init__(
+        self, client: Client, names: Names, *, lease: float, settled: Callable[[ChunkBuffer, int, bool], None]
+    ) -> None:
+        self.failure: AionpredisError | None = None
+        self.ended = False
+        self.gone = False
+        self._client = client
+        self._names = names
+        self._log = names.log.encode()
+        self._lease = lease
+        self._lease_ms = b"%d" % round(lease * 1000)
+        self._settled = settled
+        self._rounds: deque[_Round] = deque()  # in the order of their requests on the connection
+        self._backlog: list[_Commit] = []  # to be sent (again)
+        self._refused = 0  # rounds in a row that a full server refused
+        self._connection: Connection | None = None
+        self._to_do = anyio.Event()
+        self._progress = anyio.Event()
+
+    @property
+    def over(self) -> bool:
+        """Whether nothing more is committed."""
+        return self.ended or self.gone or self.failure is not None
+
+    @property
+    def busy(self) -> bool:
+        """Whether there are chunks that are not settled."""
+        return bool(self._rounds or self._backlog)
+
+    def reset(self) -> None:
+        """Commit again, to another run, or in spite of a failure."""
+        self.failure, self.ended, self.gone = None, False, False
+
+    def commit(self, buffer: ChunkBuffer, run: int, chunk: ChunkId) -> None:
+        """Send a chunk, and with it what waits to be sent of others. Its buffer is borrowed until it is settled."""
+        self._backlog.append(_Commit(buffer, run, self._names.data(run, chunk), chunk))
+        connection = self._connection
+        if connection is not None and connection.lost is None and not self._refused:
+            self._submit(connection)
+        self._to_do.set()
+
+    async def progress(self) -> None:
+        """Wait until at least one chunk was settled."""
+        if self._progress.is_set():
+            self._progress = anyio.Event()
+        await self._progress.wait()
+
+    async def work(self) -> None:
+        """Settle what is committed, for ever."""
+        attempt = 0
+        while True:
+            if not self.busy:
+                self._to_do = anyio.Event()
+                await self._to_do.wait()
+                continue
+            try:
+                self._connection = connection = self._client.live_connection or await self._client.connection()
+                if not self._rounds:
+                    # What is small waits while something travels, and goes with the next chunk: an actor that appends
+                    # without a pause fills that now.
+                    await anyio.lowlevel.checkpoint()
+                    self._submit(connection)
+                await connection.wait(self._rounds[0].reply)
+                attempt = 0
+                while self._rounds and self._rounds[0].reply.done:  # and whatever else has come with it
+                    self._take_round()
+                self._refused = 0
+            except ServerFull:  # until there is room: meanwhile append() waits
+                self._refused += 1
+                await anyio.sleep(BACKOFF.compute(min(self._refused, MAX_EXPONENT)))
+            except (ConnectionLost, ConnectError) as error:
+                attempt += 1
+                self._start_again()
+                if attempt >= ATTEMPTS or isinstance(error, FINAL):
+                    self._fail(error)
+                    attempt = 0
+                else:
+                    await anyio.sleep(BACKOFF.compute(attempt))
+            except ServerError as error:
+                self._fail(error)
+
+    def abandon(self) -> None:
+        """Nobody waits for the replies any more, and nothing is read from the buffers."""
+        for one in self._rounds:
+            if self._connection is not None:
+                self._connection.abandon(one.reply)
+
+    def _start_again(self) -> None:
+        """After a broken connection nothing is known about what travelled: each chunk begins with its SET again."""
+        self._backlog[:0] = [commit for one in self._rounds for commit in one.commits]
+        self._rounds.clear()
+        for commit in self._backlog:
+            commit.step = _Step.SET
+
+    def _fail(self, error: AionpredisError) -> None:
+        """Give up what is not committed. What was sent keeps its lease, so nothing stays on the server for ever."""
+        self.failure = error
+        self._refused = 0
+        self.abandon()
+        self._start_again()
+        for commit in self._backlog:
+            self._settle(commit, committed=False)
+        self._backlog.clear()
+
+    def _settle(self, commit: _Commit, *, committed: bool) -> None:
+        self._settled(commit.buffer, commit.chunk.rows, committed)
+        self._progress.set()
+
+    # --- the steps -----------------------------------------------------------------------------------------------------
+
+    def _submit(self, connection: Connection) -> None:
+        """Send the next command of each commit in the backlog, all of them as one request."""
+        if not self._backlog:
+            return
+        commits = self._backlog
+        buffers: list[Buffer] = []
+        small = b""  # what lies between two large buffers
+        for commit in commits:
+            command = self._command(commit)
+            if len(command) == 1:
+                small += command[0]
+            else:
+                buffers += (small + command[0], *command[1:-1])
+                small = bytes(command[-1])
+        buffers.append(small)
+        self._rounds.append(_Round(commits, connection.submit(buffers, Reply(len(commits)))))
+        self._backlog = []
+
+    def _command(self, commit: _Commit) -> list[Buffer]:
+        """The command of the commit's next step. If it is long, the caller's memory stands between two short ends."""
+        key = commit.key
+        match commit.step:
+            case _Step.SET:
+                commit.leased = time.monotonic()
+                # NX: an earlier SET of this chunk, whose reply was lost, may be committed by now and live for ever.
+                if len(commit.value) > 1:
+                    return resp.encode("SET", key, Blob(commit.value), "NX", "PX", self._lease_ms)
+                options = b"$2\r\nNX\r\n$2\r\nPX\r\n$%d\r\n%b\r\n" % (len(self._lease_ms), self._lease_ms)
+                return resp.encode_set(key, b"", commit.value[0], options, 3)
+            case _Step.LOG if time.monotonic() - commit.leased < self._lease / 2:
+                return resp.encode_bytes(
+                    [b"XADD", self._log, b"NOMKSTREAM", b"%d-*" % commit.run, FIELD, commit.packed]
+                )
+            case _Step.LOG | _Step.RENEW:  # else the key could be gone between XADD and PERSIST
+                commit.step = _Step.RENEW
+                commit.leased = time.monotonic()
+                return resp.encode_bytes([b"PEXPIRE", key, self._lease_ms])
+            case _Step.FIND:
+                return resp.encode("XREVRANGE", self._log, commit.searched, f"{commit.run}-1", "COUNT", streams.PAGE)
+            case step:
+                return resp.encode_bytes([step.value.encode(), key])
+
+    def _take_round(self) -> None:
+        """Take the replies to the oldest round; raises the first that is an error, after all were taken."""
+        commits, reply = self._rounds[0]
+        if reply.error is not None:
+            raise reply.error
+        self._rounds.popleft()
+        failure: ServerError | None = None
+        for commit, value in zip(commits, reply.values, strict=True):
+            if not isinstance(value, ServerError):
+                self._advance(commit, value)
+                continue
+            value.command = commit.step.value
+            if commit.step is _Step.LOG and streams.is_stale(value):
+                self.ended = True
+                self._queue(commit, _Step.FIND if commit.repeated else _Step.DROP)
+            else:
+                self._queue(commit, commit.step)
+                failure = failure or value
+        if failure is not None:
+            raise failure
+
+    def _advance(self, commit: _Commit, value: Any) -> None:
+        """Take the reply to the commit's command; queue its next one, or settle it."""
+        match commit.step:
+            case _Step.SET:
+                commit.repeated = value is None
+                self._queue(commit, _Step.RENEW if commit.repeated else _Step.LOG)
+            case _Step.RENEW:
+                self._queue(commit, _Step.LOG if value else _Step.SET)
+            case _Step.LOG if value is None:
+                self.gone = True
+                self._queue(commit, _Step.DROP)
+            case _Step.LOG:
+                self._queue(commit, _Step.KEEP)
+            case _Step.KEEP | _Step.CHECK if value:
+                self._settle(commit, committed=True)
+            case _Step.KEEP:  # it had no time to live, or does not exist
+                self._queue(commit, _Step.CHECK)
+            case _Step.CHECK:  # the lease ran out before PERSIST
+                self._queue(commit, _Step.SET)
+            case _Step.FIND if any(fields == [FIELD, commit.packed] for _, fields in value):
+                self._queue(commit, _Step.KEEP)  # the run ended after that; its data may still be wanted
+            case _Step.FIND if len(value) == streams.PAGE:
+                commit.searched = f"({value[-1][0].decode()}"
+                self._queue(commit, _Step.FIND)
+            case _Step.FIND:
+                self._queue(commit, _Step.DROP)
+            case _Step.DROP:
+                self._settle(commit, committed=False)
+
+    def _queue(self, commit: _Commit, step: _Step) -> None:
+        commit.step = step
+        self._backlog.append(commit)
