@@ -453,7 +453,7 @@ class Client:
             buffers, reply = make()
             try:
                 connection = await self.connection()
-                await connection.wait(connection.submit(buffers, reply))
+                await connection.wait(connection.submit(buffers, reply), eager=True)
             except (ConnectionLost, ConnectError) as error:
                 attempt += 1
                 if reply.sent and not repeatable:

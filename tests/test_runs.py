@@ -278,7 +278,7 @@ async def test_fence_survives_an_empty_log(url: str, stock: redis.Redis) -> None
             second = await replay.begin_run()
             stock.xtrim("{r}:log", maxlen=0, approximate=False)
             with pytest.raises(RunEnded):
-                await fill(actor, range(100))
+                await fill(actor, range(100_000))
         assert log_entries(stock) == []
         assert (await replay.begin_run()).run == second.run + 1
 

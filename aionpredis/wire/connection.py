@@ -9,6 +9,7 @@ A connection about whose state there is any doubt is aborted: every request on i
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Sequence
 from typing import Any
@@ -33,6 +34,10 @@ LOCAL_WINDOW = 1 << 20
 REMOTE_WINDOW = 4 << 20
 """On TCP: 10 Gb/s with 3 ms between question and answer. (With an output-buffer limit a server cuts a connection that has
 asked for much more than it takes.)"""
+
+SPIN_SECONDS = 40e-6
+"""How long a lone short request on this machine looks for its reply again and again: waking up from the event loop's wait
+takes longer. ``set`` of 12.8 kB: 56 µs instead of 73, and as much less CPU. Nothing is gained by more."""
 
 MAX_SNAPSHOT = 1 << 20
 """Bytes of a half-sent request that are copied when its caller goes away. For more, the connection is given up."""
@@ -68,6 +73,7 @@ class Connection:
         self.reply_window = LOCAL_WINDOW if sock.is_local else REMOTE_WINDOW
         """Bytes of replies that one caller should have asked for and not received."""
         self._sock = sock
+        self._is_local = sock.is_local
         self._ready = readiness(sock.raw)
         self._timeout = timeout
         self._parser = Parser(max_bulk)
@@ -100,8 +106,10 @@ class Connection:
             self._outbox.append(_Outgoing(buffers, reply))
         return reply
 
-    async def wait(self, reply: Reply) -> None:
+    async def wait(self, reply: Reply, *, eager: bool = False) -> None:
         """Return when the reply is done. Cancelled, the reply is abandoned: nothing more is written into its memory.
+
+        ``eager``: if nothing else is on its way, hold the event loop for a moment rather than wait longer.
 
         Raises:
             ConnectionLost: the connection broke before the reply was complete.
@@ -115,7 +123,7 @@ class Connection:
                 else:
                     self._driving = True
                     try:
-                        await self._drive(reply)
+                        await self._drive(reply, eager)
                     finally:
                         self._driving = False
                         self._hand_over()
@@ -134,7 +142,7 @@ class Connection:
                 reply.waiter.wake()
                 break
 
-    async def _drive(self, reply: Reply) -> None:
+    async def _drive(self, reply: Reply, eager: bool) -> None:
         patience = PATIENCE
         while True:
             sent = self._send()
@@ -142,6 +150,9 @@ class Connection:
             await self._ready.pause()
             if self._receive() or sent:
                 patience = PATIENCE
+            elif eager and self._is_local and len(self._parser.pending) == 1:
+                eager = False
+                self._spin()
             if reply.done:
                 return
             patience -= 1
@@ -158,6 +169,12 @@ class Connection:
             if not (ready or self._receive() or self._send()):
                 self.abort(Stalled(f"no byte moved for {self._timeout} s while a reply was outstanding"))
                 return
+
+    def _spin(self) -> None:
+        """Look until something comes, but not for long."""
+        ends = time.perf_counter() + SPIN_SECONDS
+        while not self._receive() and time.perf_counter() < ends:
+            pass
 
     def _send_first(self, buffers: Sequence[Buffer], reply: Reply) -> None:
         """:meth:`_send` of a request before which nothing waits, in half of its time: most are taken whole."""
