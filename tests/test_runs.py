@@ -154,8 +154,8 @@ async def test_begin_whose_reply_is_lost_has_succeeded(
         broken: list[Any] = []
         wait = Connection.wait
 
-        async def wait_and_break(connection: Any, reply: Any) -> None:
-            await wait(connection, reply)
+        async def wait_and_break(connection: Any, reply: Any, **options: Any) -> None:
+            await wait(connection, reply, **options)
             if stock.xlen("{r}:log") > before and not broken:  # it ran; its reply does not arrive
                 broken.append(reply)
                 connection.close()

@@ -11,6 +11,7 @@ import enum
 import time
 from collections import deque
 from collections.abc import Callable
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import anyio
@@ -69,6 +70,13 @@ class _Round(NamedTuple):
 
     commits: list[_Commit]
     reply: Reply
+
+
+@lru_cache(16)
+def _xadd(log: bytes, run: int) -> bytes:
+    """The command that names a chunk in the log, up to its last argument, the packed commit."""
+    arguments = [b"XADD", log, b"NOMKSTREAM", b"%d-*" % run, FIELD]
+    return b"*6" + bytes(resp.encode_bytes(arguments)[0]).removeprefix(b"*5")
 
 
 class Committer:
@@ -218,15 +226,15 @@ class Committer:
                 options = b"$2\r\nNX\r\n$2\r\nPX\r\n$%d\r\n%b\r\n" % (len(self._lease_ms), self._lease_ms)
                 return resp.encode_set(key, b"", commit.value[0], options, 3)
             case _Step.LOG if time.monotonic() - commit.leased < self._lease / 2:
-                return resp.encode_bytes(
-                    [b"XADD", self._log, b"NOMKSTREAM", b"%d-*" % commit.run, FIELD, commit.packed]
-                )
+                return [b"%b$%d\r\n%b\r\n" % (_xadd(self._log, commit.run), len(commit.packed), commit.packed)]
             case _Step.LOG | _Step.RENEW:  # else the key could be gone between XADD and PERSIST
                 commit.step = _Step.RENEW
                 commit.leased = time.monotonic()
                 return resp.encode_bytes([b"PEXPIRE", key, self._lease_ms])
             case _Step.FIND:
                 return resp.encode("XREVRANGE", self._log, commit.searched, f"{commit.run}-1", "COUNT", streams.PAGE)
+            case _Step.KEEP:
+                return [b"*2\r\n$7\r\nPERSIST\r\n$%d\r\n%b\r\n" % (len(key), key)]
             case step:
                 return resp.encode_bytes([step.value.encode(), key])
 
