@@ -193,7 +193,7 @@ class Client:
         if reply.matched:
             return out
         found = np.ones(1, np.bool_)
-        await self._place([(key, b"")], [_raise(reply.values[0], "GET", key)], batch, found)
+        await self._place([key], [_raise(reply.values[0], "GET", key)], batch, found)
         return out if found[0] else None
 
     async def mset(
@@ -226,12 +226,13 @@ class Client:
             OutMismatch: a stored array's dtype or shape is not that of the rows; it names the key.
             NotAnArray, WrongKind, CorruptValue, ServerError: as for :meth:`get`.
         """
-        names = [(key, key_bytes(key)) for key in keys]
+        keys = list(keys)
+        names = [key if type(key) is bytes else key_bytes(key) for key in keys]
         if out is not None:
-            return await self._mget_into(names, out)
-        return await self._mget_fresh(names)
+            return await self._mget_into(keys, names, out)
+        return await self._mget_fresh(keys, names)
 
-    async def _mget_fresh(self, names: list[tuple[Key, bytes]]) -> list[NDArray[Any] | None]:
+    async def _mget_fresh(self, keys: list[Key], names: list[bytes]) -> list[NDArray[Any] | None]:
         """Arrays in memory of their own. They are predicted to look like the last one that was loaded."""
         arrays: list[NDArray[Any] | None] = []
         pipeline: Pipeline[tuple[bytes, list[NDArray[np.uint8]]] | None] = Pipeline(self)
@@ -241,7 +242,7 @@ class Client:
                 while asked < len(names) and not pipeline.full:
                     header, nbytes = self._last_loaded
                     size = len(header) + nbytes  # 0: nothing is known, so ask for one
-                    chosen = [name for _, name in names[asked : asked + (_slice_keys(size) if size else 1)]]
+                    chosen = names[asked : asked + (_slice_keys(size) if size else 1)]
                     command = resp.encode_bytes([b"MGET", *chosen])
                     if size:
                         memories = [aligned_empty(nbytes) for _ in chosen]
@@ -256,7 +257,7 @@ class Client:
                     arrays += [npy.over(known, memory) for memory in predicted[1]]
                     continue
                 for value in _raise(reply.values[0], "MGET"):
-                    key = names[len(arrays)][0]
+                    key = keys[len(arrays)]
                     arrays.append(None if value is None else await self._open(codecs.open_array, value, key))
                     if value is not None and codecs.detect(value.data) is codecs.Kind.ARRAY:
                         parsed = npy.parse_header(value.data)
@@ -265,7 +266,7 @@ class Client:
             pipeline.abandon()
         return arrays
 
-    async def _mget_into(self, names: list[tuple[Key, bytes]], out: NDArray[Any]) -> NDArray[np.bool_]:
+    async def _mget_into(self, keys: list[Key], names: list[bytes], out: NDArray[Any]) -> NDArray[np.bool_]:
         if not isinstance(out, np.ndarray) or out.ndim < 1 or len(out) != len(names):
             shape = getattr(out, "shape", type(out).__name__)
             raise UsageError(f"out= has one row for each key, shape ({len(names)}, …), not {shape}")
@@ -282,23 +283,21 @@ class Client:
             while asked < len(names) or len(pipeline):
                 while asked < len(names) and not pipeline.full:
                     part = slice(asked, asked + step)
-                    command = resp.encode_bytes([b"MGET", *(name for _, name in names[part])])
+                    command = resp.encode_bytes([b"MGET", *names[part]])
                     reply_to = partial(rows_reply, header, rows[part])
                     pipeline.put(partial(_with, command, reply_to), step * size, asked)
                     asked += step
                 reply, start = await pipeline.next()
                 if not reply.matched:
                     values = _raise(reply.values[0], "MGET")
-                    await self._place(names[start : start + step], values, out[start:], found[start:])
+                    await self._place(keys[start : start + step], values, out[start:], found[start:])
         finally:
             pipeline.abandon()
         return found
 
-    async def _place(
-        self, names: list[tuple[Key, bytes]], values: list[Any], out: NDArray[Any], found: NDArray[np.bool_]
-    ) -> None:
+    async def _place(self, keys: list[Key], values: list[Any], out: NDArray[Any], found: NDArray[np.bool_]) -> None:
         """Put values that were not as predicted into their rows: missing, compressed, or in another order of axes."""
-        for index, ((key, _), value) in enumerate(zip(names, values, strict=True)):
+        for index, (key, value) in enumerate(zip(keys, values, strict=True)):
             if value is None:
                 found[index] = False
                 # What came for others was received here before this reply turned out to be shorter than predicted.

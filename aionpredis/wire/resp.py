@@ -140,7 +140,16 @@ class Pattern:
     ``items``: each an expected ``bytes`` or an ``int``, the length of a payload. Immutable; made once per kind of request.
     """
 
-    __slots__ = ("ends", "expected", "literal_ends", "payload_slots", "scratch_slices", "scratch_slots", "size")
+    __slots__ = (
+        "alternates",
+        "ends",
+        "expected",
+        "literal_ends",
+        "payload_slots",
+        "scratch_slices",
+        "scratch_slots",
+        "size",
+    )
 
     def __init__(self, items: Sequence[bytes | int]) -> None:
         sizes = [item if isinstance(item, int) else len(item) for item in items]
@@ -152,6 +161,7 @@ class Pattern:
         self.literal_ends = [0, *accumulate(lengths)]
         self.scratch_slots = [i for i, item in enumerate(items) if isinstance(item, bytes)]
         self.payload_slots = [i for i, item in enumerate(items) if isinstance(item, int)]
+        self.alternates = self.payload_slots == list(range(1, len(items), 2))
         self.scratch_slices = [slice(self.literal_ends[i], self.literal_ends[i + 1]) for i in self.scratch_slots]
 
 
@@ -171,8 +181,12 @@ class Template:
             return
         view = memoryview(self.scratch)
         self._slots = [None] * len(pattern.ends)
-        for slot, part in zip(pattern.scratch_slots, pattern.scratch_slices, strict=True):
-            self._slots[slot] = view[part]
+        literals = [view[part] for part in pattern.scratch_slices]
+        if pattern.alternates:
+            self._slots[::2], self._slots[1::2] = literals, payloads
+            return
+        for slot, literal in zip(pattern.scratch_slots, literals, strict=True):
+            self._slots[slot] = literal
         for slot, payload in zip(pattern.payload_slots, payloads, strict=True):
             self._slots[slot] = payload
 

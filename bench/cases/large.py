@@ -88,15 +88,18 @@ class Lag(Large):
 
 
 class CeilingWrite(SocketPair):
-    name = "socketpair, writing 1 MB messages"
+    """The same 100 MB between arrays of that size: 1 MB that goes round in the CPU's cache would be 10 to 30% faster."""
+
+    name = "socketpair, writing 100 MB"
     kind = "socket-write"
     receives = False
-    size = 1 << 20
-    count = REPEATS * LARGE >> 20
+    size = LARGE
+    count = REPEATS
+    circulating = 1
 
 
 class CeilingRead(CeilingWrite):
-    name = "socketpair, reading 1 MB messages"
+    name = "socketpair, reading 100 MB"
     kind = "socket-read"
     receives = True
 
