@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Iterable
+import time
+from collections.abc import Awaitable, Callable, Iterable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
+
+from aionpredis.errors import AionpredisError
+
+if TYPE_CHECKING:
+    from aionpredis.client import Client
 
 INSTALL_HINT = 'pip install "aionpredis[demo]"'
 
@@ -65,6 +71,90 @@ def demo(
     raise typer.Exit(code)
 
 
+@app.command()
+def save(
+    name: Annotated[str, typer.Argument(help="Of the replay.")],
+    folder: Annotated[Path, typer.Argument(help="To be made; it must not exist.")],
+    url: Annotated[str | None, typer.Option(envvar="REDIS_URL", help="The server.")] = None,
+    run: Annotated[int | None, typer.Option(help="Its number; default: the newest.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print what was saved as JSON.")] = False,
+) -> None:
+    """Save a run of a replay, and the newest policy, as a folder of .safetensors files."""
+    from aionpredis.replay import checkpoint
+
+    async def work(client: Client, progress: Callable[[int, int], None]) -> dict[str, object]:
+        return await checkpoint.save_any(client, name, folder, run, progress)
+
+    _transfer(f"saving {name}", work, url, json)
+
+
+@app.command()
+def restore(
+    folder: Annotated[Path, typer.Argument(help="What was saved.")],
+    name: Annotated[str | None, typer.Argument(help="Of the replay; default: as it was.")] = None,
+    url: Annotated[str | None, typer.Option(envvar="REDIS_URL", help="The server.")] = None,
+    keep: Annotated[int, typer.Option(help="Runs that stay, with the new one.")] = 1,
+    json: Annotated[bool, typer.Option("--json", help="Print what was restored as JSON.")] = False,
+) -> None:
+    """Begin a new run of a replay with what was saved."""
+    from aionpredis.replay import checkpoint
+
+    async def work(client: Client, progress: Callable[[int, int], None]) -> dict[str, object]:
+        return await checkpoint.restore_any(client, folder, name, keep, progress)
+
+    _transfer(f"restoring {folder.name}", work, url, json)
+
+
+def _transfer(
+    what: str,
+    work: Callable[[Client, Callable[[int, int], None]], Awaitable[dict[str, object]]],
+    url: str | None,
+    as_json: bool,
+) -> None:
+    """Do this with progress on the terminal, and exit."""
+    if url is None:
+        _fail("which server? --url, or the environment's REDIS_URL", 2)
+    if lacking := _lacking(["rich"]):
+        _fail(f"this needs {' and '.join(lacking)}: {INSTALL_HINT}", 2)
+
+    import json
+
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    import aionpredis
+    from aionpredis.demo.failure import cause_of
+    from aionpredis.demo.interrupt import Interrupted, until_interrupted
+
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(what, total=None)
+
+        async def main() -> dict[str, object]:
+            async with aionpredis.connect(url) as client:
+                return await work(client, lambda done, total: bar.update(task, completed=done, total=total))
+
+        started = time.monotonic()
+        try:
+            facts = aionpredis.run(until_interrupted, main)
+        except Interrupted as interrupted:
+            code = _said(str(interrupted), interrupted.exit_code)
+        except (AionpredisError, BaseExceptionGroup) as error:
+            cause = cause_of(error)
+            if cause is None:
+                raise
+            code = _said(str(cause), 1)
+        else:
+            facts["seconds"] = round(time.monotonic() - started, 3)
+            code = 0
+    if code:
+        raise typer.Exit(code)
+    if as_json:
+        print(json.dumps(facts, indent=2))
+    else:
+        print(f"run {facts['run']} of {facts['name']}: {facts['transitions']:,} transitions, {facts['seconds']} s")
+
+
 def _demo(
     env: str,
     runs: int | None,
@@ -84,7 +174,6 @@ def _demo(
     from aionpredis.demo.interrupt import Interrupted, until_interrupted
     from aionpredis.demo.settings import Settings
     from aionpredis.demo.trainer import demo as play
-    from aionpredis.errors import AionpredisError
     from aionpredis.loop import run
 
     for path in (json, plot):

@@ -2,28 +2,45 @@
 
 from __future__ import annotations
 
+import copy
+import json
 import os
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Awaitable, Callable, Hashable, Mapping
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from weakref import WeakKeyDictionary
 
+import anyio
+import anyio.to_thread
+import numpy as np
 from numpy.typing import NDArray
 
 from aionpredis import streams
-from aionpredis.errors import UsageError
+from aionpredis.errors import CorruptValue, EncodeError, ServerError, UsageError
+from aionpredis.formats import npy, safetensors
+from aionpredis.memory import aligned_empty
 from aionpredis.names import check_name
-from aionpredis.requests import encode_record, set_command, ttl_options
+from aionpredis.requests import IN_THREAD, encode_record, nbytes, set_command, ttl_options
 
 if TYPE_CHECKING:
     from aionpredis.client import Client
 
 __all__ = ["Policy", "PolicyVersion", "PolicyWatch"]
 
+T = TypeVar("T")
+
+Weights = dict[str, NDArray[Any]]
+
 LEASE = 60.0
-"""Seconds that weights live before they are announced: a publisher that dies in between leaves nothing behind."""
+"""Seconds that weights live before they are announced: a publisher that dies in between leaves nothing behind. Of several
+records each has so much time: the first of three lives 180 s, the last 60."""
+
+PART = 400 << 20
+"""Bytes of weights in one record. With the longest header that can be read, 100 MB, the server takes it: 512 MiB."""
 
 
 class PolicyVersion(NamedTuple):
-    """``version``: 1, 2, …; ``weights``: arrays by name, memory of their own."""
+    """``version``: 1, 2, …; ``weights``: arrays by name, in the publisher's order; writable, memory of their own."""
 
     version: int
     weights: dict[str, NDArray[Any]]
@@ -32,8 +49,18 @@ class PolicyVersion(NamedTuple):
 class Policy:
     """Published versions of a policy's weights. Made by :meth:`aionpredis.Client.policy`.
 
-    Each version is one immutable record under a key of its own; a small stream only announces it. So a thousand waiting
-    actors cost the server a thousand small messages, and each fetches the weights when it wants them.
+    Each version is one immutable record, a ``.safetensors`` file, under ``<name>:policy:<version>:<token>``; a small stream
+    only announces it. So a thousand waiting actors cost the server a thousand small messages, and each fetches the weights
+    when it wants them.
+
+    Weights of more than 400 MiB are several such records, ``<name>:policy:<version>:<token>:<part>``, parts from 0. Arrays
+    stay whole where they fit. The pieces of one that is cut have its name in consecutive parts: rows, or a flat array where
+    one row is too long. The announcement says how many ``parts`` there are, and the ``shapes`` (JSON) of the arrays that
+    were cut.
+
+    Tasks of one client that wait, or fetch the same version, at the same moment do so together: one blocking read, one
+    download, and a copy for each of them. Where many actors of a process need large weights, let one of them watch and
+    hand its arrays to the others.
 
     ``name``: letters, digits, ``_``, ``.``, ``-``; a replay's policy has the replay's name. ``keep``: how many versions
     stay readable; publishing deletes older ones.
@@ -50,30 +77,55 @@ class Policy:
     def __repr__(self) -> str:
         return f"<aionpredis.Policy {self.name}>"
 
-    def _key(self, version: int, token: str) -> str:
-        return f"{self.name}:policy:{version}:{token}"
+    def _keys(self, version: int, fields: Mapping[bytes, bytes]) -> list[str]:
+        """The records of the version that this announcement is of."""
+        key = f"{self.name}:policy:{version}:{fields[b'token'].decode()}"
+        parts = int(fields.get(b"parts", 1))
+        return [key] if parts == 1 else [f"{key}:{part}" for part in range(parts)]
 
     async def publish(self, weights: Mapping[str, object]) -> int:
         """Make ``weights`` the newest version; its number. Publishers on other hosts may do so at the same time.
+
+        ``weights``: what :meth:`Client.set_record` takes, of any size. Do not write to them before this returns.
 
         Raises:
             EncodeError: a weight's dtype cannot stand in a record; nothing was sent.
             ServerFull: the server's memory is full.
         """
         client = self._client
-        token = os.urandom(8).hex()
-        value = await client.encode_value(encode_record, weights, None, self.name)
+        try:
+            parts, shapes = _split(weights)
+        except EncodeError as error:
+            error.key = self.name
+            raise
+        fields = {b"token": os.urandom(8).hex().encode()}
+        if len(parts) > 1:
+            fields |= {b"parts": b"%d" % len(parts), b"shapes": json.dumps(shapes).encode()}
+        lease = LEASE
         while True:
             last = await streams.last_generated(client, self._stream)
             version = 1 if last is None else last[0] + 1
-            key = self._key(version, token)
-            await client.send(set_command(key.encode(), value, ttl_options(LEASE)))
-            if not await streams.claim(client, self._stream, version, {b"token": token.encode()}, make=True):
-                await client.call("UNLINK", key, repeatable=True)  # another publisher took this number
-            elif await client.call("PERSIST", key, repeatable=True) or await client.exists(key):
-                break  # EXISTS: a repeated PERSIST says 0, too. If the lease ran out, they become the next version
+            keys = self._keys(version, fields)
+            for index, (key, part) in enumerate(zip(keys, parts, strict=True)):
+                value = await client.encode_value(encode_record, part, None, self.name)
+                await client.send(set_command(key.encode(), value, ttl_options(lease * (len(keys) - index))))
+            if await streams.claim(client, self._stream, version, fields, make=True):
+                if await self._persist(keys):
+                    break
+                lease *= 2  # it ran out: they become the next version
+            # What is left of them; or another publisher took this number.
+            await client.call("UNLINK", *keys, repeatable=True)
         await self._forget(version - self._keep)
         return version
+
+    async def _persist(self, keys: list[str]) -> bool:
+        """Let these live for ever; whether all of them do."""
+        commands = [*(("PERSIST", key) for key in keys), ("EXISTS", *keys)]  # a repeated PERSIST says 0, too
+        replies = await self._client.call_many(commands, repeatable=True)
+        for reply in replies:
+            if isinstance(reply, ServerError):
+                raise reply
+        return bool(replies[-1] == len(keys))
 
     async def _forget(self, version: int) -> None:
         """Delete this version and the older ones: the weights first, so that a crash leaves nothing unnamed."""
@@ -81,12 +133,12 @@ class Policy:
             return
         old = await streams.page(self._client, self._stream, "-", f"{version}-0")
         if old:
-            keys = [self._key(left, fields[b"token"].decode()) for (left, _), fields in old]
+            keys = [key for (left, _), fields in old for key in self._keys(left, fields)]
             await self._client.call("UNLINK", *keys, repeatable=True)
             await self._client.call("XTRIM", self._stream, "MINID", f"{version + 1}-0", repeatable=True)
 
     async def latest(self) -> PolicyVersion | None:
-        """The newest version; ``None`` if none was published."""
+        """The newest version; ``None`` if none was published. Errors as for :meth:`Client.get_record`."""
         return (await self._newest(0, b""))[1]
 
     async def _newest(self, after: int, token: bytes) -> tuple[int, PolicyVersion | None, bytes]:
@@ -107,19 +159,50 @@ class Policy:
                     return newest[0][0], found, fields[b"token"]
 
     async def get(self, version: int) -> PolicyVersion | None:
-        """That version; ``None`` if there is none, or it was deleted as old."""
+        """That version; ``None`` if there is none, or it was deleted as old. Errors as for :meth:`Client.get_record`."""
         entries = await streams.page(self._client, self._stream, f"{version}-0", f"{version}-0")
         return await self._load(entries[0]) if entries else None
 
     async def _load(self, entry: streams.Entry) -> PolicyVersion | None:
+        """The version that was announced so; ``None`` unless all of it is there."""
         (version, _), fields = entry
-        weights = await self._client.get_record(self._key(version, fields[b"token"].decode()))
+        keys = self._keys(version, fields)
+        weights = await _together(self._client, keys[0], partial(self._fetch, keys, fields), _copy)
         return None if weights is None else PolicyVersion(version, weights)
+
+    async def _fetch(self, keys: list[str], fields: Mapping[bytes, bytes]) -> Weights | None:
+        """The weights in these records: views on what was received, except that arrays that were cut are put together.
+
+        Raises:
+            CorruptValue: the pieces of an array are not the shape that was announced.
+        """
+        shapes = json.loads(fields.get(b"shapes", b"{}"))
+        weights: Weights = {}
+        missing: Weights = {}  # flat, of the arrays that were cut
+        for key in keys:
+            record = await self._client.get_record(key)
+            if record is None:
+                return None
+            for name, array in record.items():
+                if name not in shapes:
+                    weights[name] = array
+                    continue
+                if name not in weights:
+                    weights[name] = _empty(array.dtype, tuple(shapes[name]))
+                    missing[name] = weights[name].reshape(-1)
+                place, missing[name] = np.split(missing[name], [array.size])
+                if place.size != array.size or place.dtype != array.dtype:
+                    raise CorruptValue(f"column {name!r} does not fit the shape {shapes[name]}", key=key)
+                await _assign([place], [array.reshape(-1)])
+        for name in shapes:
+            if name not in weights or missing[name].size:
+                raise CorruptValue(f"column {name!r} has not all items of the shape {shapes[name]}", key=keys[0])
+        return weights
 
     async def delete(self) -> None:
         """Delete all versions. Who publishes afterwards begins with version 1 again."""
         versions = await streams.page(self._client, self._stream, "-", "+")
-        keys = [self._key(left, fields[b"token"].decode()) for (left, _), fields in versions]
+        keys = [key for (left, _), fields in versions for key in self._keys(left, fields)]
         await self._client.call("UNLINK", *keys, self._stream, repeatable=True)
 
     def watch(self, after: int = 0) -> PolicyWatch:
@@ -150,4 +233,123 @@ class PolicyWatch:
             if found is not None:
                 self._after, self._token = found.version, token
                 return found
-            await streams.read_blocking(policy._client, policy._stream, (newest, 0), 1)
+            read = partial(streams.read_blocking, policy._client, policy._stream, (newest, 0), 1)
+            await _together(policy._client, (policy._stream, newest), read)
+
+
+def _split(weights: Mapping[str, object]) -> tuple[list[Weights], dict[str, tuple[int, ...]]]:
+    """Records of at most ``PART`` bytes of data, in order; and the shapes of the arrays that are cut for that.
+
+    They borrow the memory of the weights.
+
+    Raises:
+        EncodeError: names the column that cannot stand in a record.
+    """
+    if not isinstance(weights, Mapping):
+        raise EncodeError(f"weights are a mapping of names to arrays, not {type(weights).__qualname__}")
+    arrays: Weights = {}
+    for name, value in weights.items():
+        try:
+            arrays[name] = npy.as_array(value)
+        except EncodeError as error:
+            raise EncodeError(f"column {name!r}: {error}") from error
+    safetensors.layout({name: (array.dtype, array.shape) for name, array in arrays.items()})  # raises, now or never
+    parts: list[Weights] = [{}]
+    shapes: dict[str, tuple[int, ...]] = {}
+    room = PART
+    for name, array in arrays.items():
+        pieces = [array]
+        if array.nbytes > PART:
+            shapes[name] = array.shape
+            pieces = _cut(array)
+        for piece in pieces:
+            if piece.nbytes > room:
+                parts.append({})
+                room = PART
+            parts[-1][name] = piece
+            room -= piece.nbytes
+    return parts, shapes
+
+
+def _cut(array: NDArray[Any]) -> list[NDArray[Any]]:
+    """Pieces of at most ``PART`` bytes, and no two that would fit into one: rows, or items where one row is longer."""
+    rows = array if array.ndim and array.nbytes // len(array) <= PART else array.reshape(-1)
+    step = max(1, PART * len(rows) // rows.nbytes)
+    return [rows[start : start + step] for start in range(0, len(rows), step)]
+
+
+def _empty(dtype: np.dtype[Any], shape: tuple[int, ...]) -> NDArray[Any]:
+    """An uninitialised array in memory of its own, aligned to 64 bytes."""
+    return np.ndarray(shape, dtype, aligned_empty(npy.payload_size(dtype, shape)).data)
+
+
+async def _copy(weights: Weights | None) -> Weights | None:
+    if weights is None:
+        return None
+    copies = {name: _empty(array.dtype, array.shape) for name, array in weights.items()}
+    await _assign(list(copies.values()), list(weights.values()))
+    return copies
+
+
+async def _assign(targets: list[NDArray[Any]], sources: list[NDArray[Any]]) -> None:
+    """Copy each source into its target; in a worker thread if that is much: other tasks go on."""
+
+    def assign() -> None:
+        for target, source in zip(targets, sources, strict=True):
+            np.copyto(target, source)
+
+    if sum(map(nbytes, sources)) < IN_THREAD:
+        assign()
+    else:
+        await anyio.to_thread.run_sync(assign)
+
+
+class _Flight:
+    """What several tasks wait for, and one of them does. ``landed``: it has a result, which may be an error."""
+
+    def __init__(self) -> None:
+        self.over = anyio.Event()
+        self.callers = 0
+        self.landed = False
+        self.result: Any = None
+
+
+_flights: WeakKeyDictionary[Client, dict[Hashable, _Flight]] = WeakKeyDictionary()
+
+
+async def _together(
+    client: Client, what: Hashable, work: Callable[[], Awaitable[T]], share: Callable[[T], Awaitable[T]] | None = None
+) -> T:
+    """The result of ``work()``, done once for all tasks of ``client`` that want ``what`` at the same moment.
+
+    One does it, the others wait. If it is cancelled, another one begins; if it fails, all of them do. With ``share``, which
+    copies, no two callers get the same result; the last one, or a lone one, gets it uncopied.
+    """
+    flights = _flights.setdefault(client, {})
+    while True:
+        flight = flights.get(what)
+        leads = flight is None
+        if flight is None:
+            flight = flights[what] = _Flight()
+        flight.callers += 1
+        try:
+            if leads:
+                try:
+                    flight.result = await work()
+                    flight.landed = True
+                except Exception as error:
+                    flight.result, flight.landed = error, True
+                    raise
+                finally:
+                    del flights[what]
+                    flight.over.set()
+            else:
+                await flight.over.wait()
+                if not flight.landed:
+                    continue
+                if isinstance(flight.result, Exception):
+                    raise copy.copy(flight.result)  # one instance raised in two tasks would mix their tracebacks
+            result: T = flight.result
+            return result if share is None or flight.callers == 1 else await share(result)
+        finally:
+            flight.callers -= 1

@@ -1,30 +1,58 @@
 """Replay: transitions from many actors for one or more learners, through data keys and one commit log.
 
-``schema`` the columns · ``chunk`` the buffers · ``log`` the commits · ``runs`` begin and delete · ``actor`` writes ·
-``reader`` reads. Built on the client alone; no code runs on the server.
+``schema`` the columns · ``chunk`` the buffers · ``log`` the commits · ``runs`` begin and delete · ``actor`` and ``lanes``
+write, ``commit`` sends, ``lag`` holds back · ``reader`` reads whole chunks · ``sampler`` draws transitions, by a
+``selection`` from an ``index``, and ``fetch``es them · ``checkpoint`` saves and restores. Built on the client alone; no code
+runs on the server.
 """
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from aionpredis.errors import ReplayGone, ServerFull, UsageError
 from aionpredis.policy import Policy
-from aionpredis.replay import runs
+from aionpredis.replay import checkpoint, runs
 from aionpredis.replay.actor import Actor, ActorStats
+from aionpredis.replay.lag import Progress
+from aionpredis.replay.lanes import VectorActor
 from aionpredis.replay.log import Begin as Run
 from aionpredis.replay.log import ChunkId, LogReader, Names
-from aionpredis.replay.reader import Batches, EpochSource, FollowSource, ReadStats
+from aionpredis.replay.reader import Batches, DrawSource, EpochSource, FollowSource, ReadStats, Source
+from aionpredis.replay.sampler import NStep, Sample, Sampler, SampleStats
 from aionpredis.replay.schema import Schema
+from aionpredis.replay.selection import Fifo, Lifo, Newest, Prioritized, Selection, Shuffled, Uniform
 
 if TYPE_CHECKING:
     from aionpredis.client import Client
 
-__all__ = ["Actor", "ActorStats", "Batches", "ReadStats", "Replay", "Run", "Schema"]
+__all__ = [
+    "Actor",
+    "ActorStats",
+    "Batches",
+    "Fifo",
+    "Lifo",
+    "NStep",
+    "Newest",
+    "Prioritized",
+    "ReadStats",
+    "Replay",
+    "Run",
+    "Sample",
+    "SampleStats",
+    "Sampler",
+    "Schema",
+    "Selection",
+    "Shuffled",
+    "Uniform",
+    "VectorActor",
+]
 
 MAX_CHUNK_BYTES = 64 << 20
 """Bytes of one chunk. It is received in one piece, and four of them circulate in every actor."""
@@ -45,10 +73,26 @@ class Replay:
     committed together; more are cheaper, fewer are visible sooner. ``lease``: seconds that data which was never
     committed (its actor died) stays on the server; longer than any pause of an actor or the network.
 
+    ``capacity``: transitions that a run keeps, for off-policy learning; the oldest chunks are deleted by the actors, every
+    16th commit or so. Counted in chunks, a partial one as a full one. The same number for all actors and learners.
+
+    ``max_lag``: transitions of a run that may be committed and not yet read by the slowest of its learners; beyond that
+    the actors wait. Learners are those that ``follow`` or sample; the same number for all actors and learners.
+
     The server must not evict keys by itself (``maxmemory-policy noeviction``): see :meth:`begin_run`.
     """
 
-    def __init__(self, client: Client, name: str, schema: Schema, *, chunk: int = 16, lease: float = 60.0) -> None:
+    def __init__(
+        self,
+        client: Client,
+        name: str,
+        schema: Schema,
+        *,
+        chunk: int = 16,
+        lease: float = 60.0,
+        capacity: int | None = None,
+        max_lag: int | None = None,
+    ) -> None:
         if not isinstance(schema, Schema):
             raise UsageError(f"the schema of a replay is an aionpredis.Schema, not {type(schema).__name__}")
         if isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1:
@@ -59,12 +103,17 @@ class Replay:
             )
         if not 0.1 <= lease <= 86_400:
             raise UsageError(f"lease is 0.1 to 86400 seconds, not {lease!r}")
+        for option, value in (("capacity", capacity), ("max_lag", max_lag)):
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < chunk):
+                raise UsageError(f"{option} is a number of transitions, a chunk ({chunk}) or more, not {value!r}")
         self.schema = schema
         self.policy = Policy(client, name)
         self._client = client
         self._names = Names(name)
         self._chunk = chunk
         self._lease = lease
+        self._capacity = -(-(capacity or 0) // chunk)  # in chunks
+        self._max_lag = -(-(max_lag or 0) // chunk)
 
     @property
     def name(self) -> str:
@@ -112,6 +161,17 @@ class Replay:
         """Delete the data of all runs before this one; how many chunks were deleted. Finishes what a crash interrupted."""
         return await runs.delete_below(self._client, self._names, _number(run))
 
+    async def drop(self, run: int | Run) -> int:
+        """Delete one run, which is not the newest; how many chunks were deleted. After a crash, call it again.
+
+        Raises:
+            UsageError: it is the newest run: actors may be appending to it.
+        """
+        latest = await self.latest_run()
+        if latest is not None and _number(run) >= latest.run:
+            raise UsageError(f"run {_number(run)} is the newest: begin another one before dropping it, or delete() all")
+        return await runs.drop(self._client, self._names, _number(run))
+
     async def delete(self) -> None:
         """Delete the replay: the data of all runs, the policy, and the log at last. After a crash, call it again.
 
@@ -121,7 +181,7 @@ class Replay:
         await runs.close(self._client, self._names)
         await runs.delete_below(self._client, self._names, runs.CLOSED)
         await self.policy.delete()
-        await self._client.call("UNLINK", self._names.log, repeatable=True)
+        await self._client.call("UNLINK", self._names.log, self._names.read, repeatable=True)
 
     async def leftover_keys(self, before: int | Run) -> list[bytes]:
         """Data keys of runs before this one that are still there. Of deleted runs there is none after one lease.
@@ -141,7 +201,14 @@ class Replay:
             name or f"{os.uname().nodename if hasattr(os, 'uname') else 'host'}-{os.getpid()}",
             chunk=self._chunk,
             lease=self._lease,
+            capacity=self._capacity,
+            max_lag=self._max_lag,
         )
+
+    def vector_actor(self, lanes: int, name: str | None = None) -> VectorActor:
+        """Actors for a vectorized environment, for ``async with``: ``append`` takes each column as ``(lanes, *shape)``."""
+        _check_count("lanes", lanes, "lanes")
+        return VectorActor([self.actor(name) for _ in range(lanes)])
 
     async def count(self, run: int | Run | None = None) -> int:
         """How many transitions are committed to the run (default: the newest)."""
@@ -159,6 +226,7 @@ class Replay:
         seed: int | None = None,
         drop_last: bool = False,
         after: Batches | None = None,
+        shard: tuple[int, int] = (0, 1),
     ) -> Batches:
         """Everything that is committed to the run (default: the newest) now, each transition once, in batches::
 
@@ -167,11 +235,12 @@ class Replay:
 
         ``shuffle``: chunks in random order, the same for the same ``seed`` and content; the transitions within a chunk
         stay together. ``drop_last``: leave out a last, shorter batch. ``after``: an earlier reader of this run that has
-        come to its end; what it has read is left out.
+        come to its end; what it has read is left out. ``shard``: ``(i, n)`` is the i-th of n learners, 0 the first, that
+        share the run: each chunk goes to exactly one of them.
         """
         number = await self._run(run)
         if after is None:
-            log = LogReader(self._client, self._names, number)
+            log = LogReader(self._client, self._names, number, _shard(shard))
         elif after.run == number:
             log = after.log
         else:
@@ -179,15 +248,103 @@ class Replay:
         source = EpochSource(log, np.random.default_rng(seed) if shuffle else None)
         return self._batches(log, source, batch, drop_last)
 
-    async def follow(self, run: int | Run | None = None, *, batch: int = 256, drop_last: bool = False) -> Batches:
+    async def follow(
+        self,
+        run: int | Run | None = None,
+        *,
+        batch: int = 256,
+        drop_last: bool = False,
+        shard: tuple[int, int] = (0, 1),
+    ) -> Batches:
         """The run's transitions as they are committed, each once; ends when the run has ended. Otherwise like epoch."""
-        log = LogReader(self._client, self._names, await self._run(run))
-        return self._batches(log, FollowSource(log), batch, drop_last)
+        log = LogReader(self._client, self._names, await self._run(run), _shard(shard))
+        return self._batches(log, FollowSource(log), batch, drop_last, self._progress(log))
 
-    def _batches(self, log: LogReader, source: EpochSource | FollowSource, batch: int, drop_last: bool) -> Batches:
-        if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
-            raise UsageError(f"batch is a positive number of transitions, not {batch!r}")
-        return Batches(self._client, self._names, self.schema, log, source, batch, drop_last)
+    def _progress(self, log: LogReader) -> Progress | None:
+        return Progress(self._client, self._names, log.run, f"{log.shard[0]}") if self._max_lag else None
+
+    async def draw_chunks(
+        self,
+        run: int | Run | None = None,
+        *,
+        batch: int = 256,
+        seed: int | None = None,
+        shard: tuple[int, int] = (0, 1),
+    ) -> Batches:
+        """Batches of the run's transitions for ever: whole chunks, drawn uniformly with replacement.
+
+        Each transition has the same share, but those of a chunk come together, so a batch of 256 from chunks of 16 holds
+        16 independent draws. That makes it as fast as :meth:`epoch`; :meth:`sampler` draws each transition on its own.
+        """
+        log = LogReader(self._client, self._names, await self._run(run), _shard(shard))
+        return self._batches(log, DrawSource(log, np.random.default_rng(seed)), batch, False)
+
+    async def sampler(
+        self,
+        run: int | Run | None = None,
+        *,
+        batch: int = 256,
+        selection: Selection | None = None,
+        columns: Sequence[str] | None = None,
+        length: int = 1,
+        n_step: NStep | None = None,
+        max_times_sampled: int = 0,
+        min_size: int = 1,
+        samples_per_insert: float = math.inf,
+        tolerance: float = 0.0,
+        seed: int | None = None,
+        shard: tuple[int, int] = (0, 1),
+    ) -> Sampler:
+        """Samples of the run (default: the newest), while actors append to it::
+
+            sampler = await replay.sampler(batch=256, selection=Prioritized(), n_step=NStep(3, discount=0.99))
+            async for batch in sampler:
+                errors = train(batch["state"], batch["action"], batch["return"], batch["next_state"], batch.weights)
+                sampler.update_priorities(batch.ids, abs(errors))
+
+        ``selection``: :class:`Uniform` (default), :class:`Prioritized`, :class:`Shuffled` (without replacement),
+        :class:`Newest`, :class:`Fifo`, :class:`Lifo`; the instance belongs to this sampler. ``columns``: only these (default:
+        all). ``length``: slices of so many consecutive transitions of one trajectory, that never cross the end of an
+        episode. ``n_step``: see :class:`NStep`.
+
+        Limits: ``max_times_sampled``: after so many samples a transition is not drawn any more; 0: no limit. ``min_size``:
+        :meth:`~Sampler.sample` waits until so many transitions are there. ``samples_per_insert``: it also waits rather than
+        draw more transitions than this for each appended one, plus ``tolerance``.
+        """
+        _check_count("batch", batch)
+        _check_count("length", length)
+        _check_count("min_size", min_size)
+        if isinstance(max_times_sampled, bool) or not isinstance(max_times_sampled, int) or max_times_sampled < 0:
+            raise UsageError(f"max_times_sampled is a number of samples, or 0 for no limit, not {max_times_sampled!r}")
+        if not samples_per_insert > 0 or not tolerance >= 0:
+            raise UsageError(
+                f"samples_per_insert is positive and tolerance not negative, not {samples_per_insert!r}, {tolerance!r}"
+            )
+        log = LogReader(self._client, self._names, await self._run(run), _shard(shard))
+        return Sampler(
+            self._client,
+            self._names,
+            self.schema,
+            log,
+            self._progress(log),
+            capacity=self._capacity,
+            batch=batch,
+            selection=selection,
+            columns=columns,
+            length=length,
+            n_step=n_step,
+            max_times_sampled=max_times_sampled,
+            min_size=min_size,
+            samples_per_insert=samples_per_insert,
+            tolerance=tolerance,
+            seed=seed,
+        )
+
+    def _batches(
+        self, log: LogReader, source: Source, batch: int, drop_last: bool, progress: Progress | None = None
+    ) -> Batches:
+        _check_count("batch", batch)
+        return Batches(self._client, self._names, self.schema, log, source, batch, drop_last, progress)
 
     async def _run(self, run: int | Run | None) -> int:
         if run is not None:
@@ -196,6 +353,72 @@ class Replay:
         if latest is None:
             raise ReplayGone(f"no run of {self.name!r} was begun", replay=self.name)
         return latest.run
+
+    # --- checkpoints -------------------------------------------------------------------------------------------------
+
+    async def save(
+        self,
+        folder: str | os.PathLike[str],
+        run: int | Run | None = None,
+        *,
+        progress: checkpoint.Progress | None = None,
+        extra: checkpoint.Extra | None = None,
+    ) -> int:
+        """Save a run (default: the newest) and the newest policy as a new folder of ``.safetensors`` files.
+
+        What is committed now is saved, in its order; how many transitions that are. Actors may go on. A chunk that is
+        evicted meanwhile is left out and counted in ``replay.json``. Files of 64 MB, each a bundle of chunks with their
+        columns ``(transitions, *shape)``: see :mod:`aionpredis.replay.checkpoint`.
+
+        ``progress(done, all)``: called with numbers of transitions. ``extra``: arrays to save with them, by file and
+        name; :func:`aionpredis.replay.checkpoint.load_extra` reads them back. Do not write to them before this returns.
+
+        After an error, or cancelled, there is no such folder.
+
+        Raises:
+            UsageError: the folder exists already, or the one that it shall be in does not.
+            ReplayGone: there is no such run (any more).
+            SchemaMismatch: the run has other columns.
+            EncodeError: an array of ``extra`` cannot stand in a record.
+        """
+        number = await self._run(run)
+        facts = await checkpoint.save(
+            self._client, self._names, self.schema, number, Path(folder), progress=progress, extra=extra
+        )
+        return int(facts["transitions"])
+
+    async def restore(
+        self, folder: str | os.PathLike[str], *, keep: int = 1, progress: checkpoint.Progress | None = None
+    ) -> Run:
+        """Begin the next run, with the policy and all transitions of a saved one: the same chunks, in the same order.
+
+        The folder is looked through before anything is written. ``keep``: as for :meth:`begin_run`. If this is cancelled
+        or fails half-way, the run holds fewer transitions; data without a log entry is gone after one lease.
+
+        Raises:
+            UsageError: the folder, or a file in it, is missing.
+            CorruptValue: a file was damaged.
+            SchemaMismatch: it was saved with other columns; the message names one.
+            RunEnded, ReplayGone: another trainer began a newer run meanwhile, or deleted the replay.
+            ServerFull: the server had no room for one lease.
+            RunConflict, ReplayError: as for :meth:`begin_run`.
+        """
+        saved = await checkpoint.look_through(Path(folder), self.name, self.schema)
+        run = await self.begin_run(saved.weights, keep=keep)
+        await saved.write(self._client, self._names, run.run, lease=self._lease, progress=progress)
+        return run
+
+
+def _shard(shard: tuple[int, int]) -> tuple[int, int]:
+    index, learners = shard
+    if not 0 <= index < learners:
+        raise UsageError(f"shard=(i, n) is the i-th of n learners, 0 the first, not {shard!r}")
+    return index, learners
+
+
+def _check_count(name: str, value: object, what: str = "transitions") -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise UsageError(f"{name} is a positive number of {what}, not {value!r}")
 
 
 def _number(run: int | Run) -> int:

@@ -25,6 +25,7 @@ from aionpredis.pipeline import BACKOFF
 from aionpredis.replay import runs
 from aionpredis.replay.chunk import ChunkBuffer, make_rows
 from aionpredis.replay.commit import MAX_EXPONENT, Committer
+from aionpredis.replay.lag import Lag
 from aionpredis.replay.log import Begin, ChunkId, Names
 from aionpredis.replay.schema import Schema
 
@@ -102,6 +103,8 @@ class Actor:
         *,
         chunk: int,
         lease: float,
+        capacity: int,
+        max_lag: int,
     ) -> None:
         self.name = name
         self.run: Begin | None = None
@@ -122,7 +125,8 @@ class Actor:
         self._free = [ChunkBuffer(schema, chunk) for _ in range(self.buffers)]
         self._current: ChunkBuffer | None = None
         self._tasks: TaskGroup | None = None
-        self._committer = Committer(client, names, lease=lease, settled=self._settled)
+        self._committer = Committer(client, names, lease=lease, capacity=capacity, settled=self._settled)
+        self._lag = Lag(client, names, max_lag)
         self._unawaited = False
         self._done = _Done()
         self._turn_ends = 0.0
@@ -238,7 +242,12 @@ class Actor:
         await self.append(**values)
 
     def _chunk_full(self) -> Awaitable[None]:
-        if time.monotonic() < self._turn_ends and len(self._free) and not self._committer.over:
+        if (
+            time.monotonic() < self._turn_ends
+            and self._free
+            and not self._committer.over
+            and not self._lag.is_behind(*self._committer.newest)
+        ):
             self._commit_current()
             self._begin_chunk()
             return self._done
@@ -284,6 +293,7 @@ class Actor:
         self._free.append(buffer)
 
     async def _next_chunk(self) -> None:
+        await self._lag.wait(*self._committer.newest)
         self._check()
         self._commit_current()
         self._stats.waits += not self._free

@@ -19,7 +19,7 @@ __all__ = ["ChunkBuffer", "Rows", "make_rows"]
 class ChunkBuffer:
     """Memory of one ``.safetensors`` file with ``length`` transitions. ``columns``: views into it, ``(length, *shape)``.
 
-    A full chunk is sent without any encoding. A shorter one gets a new header of the same size.
+    A full chunk is sent without any encoding. A shorter one gets another header of the same size.
     """
 
     def __init__(self, schema: Schema, length: int) -> None:
@@ -34,7 +34,6 @@ class ChunkBuffer:
         for name, column in layout.columns.items():
             part = self.memory[start + column.start : start + column.stop]
             self.columns[name] = part.view(column.dtype).reshape(column.shape)
-        self._header_size = start
         # A bool is a byte, 0 or 1.
         self._ends = [self.columns[name].view(np.uint8).data for name in schema.episode_ends]
 
@@ -42,7 +41,7 @@ class ChunkBuffer:
         """The file with the first ``rows`` transitions: views on this memory."""
         if rows == self.length:
             return [self.memory.data]
-        header = self.schema.layout(rows, header_size=self._header_size).header
+        header = self.schema.layout(rows).header
         parts = (self.columns[name][:rows].reshape(-1).view(np.uint8).data for name in self._file_order)
         return [header, *(part for part in parts if len(part))]
 

@@ -20,6 +20,7 @@ import anyio.lowlevel
 from aionpredis import streams
 from aionpredis.errors import AionpredisError, ConnectError, ConnectionLost, ServerError, ServerFull
 from aionpredis.pipeline import ATTEMPTS, BACKOFF, FINAL
+from aionpredis.replay import runs
 from aionpredis.replay.chunk import ChunkBuffer
 from aionpredis.replay.log import FIELD, ChunkId, Names, pack
 from aionpredis.wire import resp
@@ -33,6 +34,11 @@ __all__ = ["MAX_EXPONENT", "Committer"]
 
 MAX_EXPONENT = 10
 """From here on the pauses between attempts do not grow anyway, and ``2**attempt`` would become too large for a float."""
+
+
+MAX_SURPLUS = 16
+"""Chunks beyond the capacity after which somebody evicts: whoever commits an entry whose number divides by this, so that of
+many actors one does, and if it dies the next one. It costs three round trips."""
 
 
 class _Step(enum.Enum):
@@ -80,14 +86,20 @@ def _xadd(log: bytes, run: int) -> bytes:
 
 
 class Committer:
-    """Commits the chunks of one actor, by :meth:`work` in a task of its own.
+    """Commits the chunks of one actor, by :meth:`work` in a task of its own. ``capacity``: chunks that a run keeps, 0: all.
 
     ``settled(buffer, rows, committed)`` is called once for each chunk, and gives the buffer back. ``failure``, ``ended``
     and ``gone`` say why nothing more is committed until :meth:`reset`: an error, a newer run, or a log that was deleted.
     """
 
     def __init__(
-        self, client: Client, names: Names, *, lease: float, settled: Callable[[ChunkBuffer, int, bool], None]
+        self,
+        client: Client,
+        names: Names,
+        *,
+        lease: float,
+        capacity: int = 0,
+        settled: Callable[[ChunkBuffer, int, bool], None],
     ) -> None:
         self.failure: AionpredisError | None = None
         self.ended = False
@@ -97,6 +109,11 @@ class Committer:
         self._log = names.log.encode()
         self._lease = lease
         self._lease_ms = b"%d" % round(lease * 1000)
+        self._capacity = capacity
+        self._evict_every = max(1, min(MAX_SURPLUS, capacity // 8))
+        self._evict: tuple[int, int] | None = None  # run and entry: what lies at or before it has to go
+        self.newest = 0, 0
+        """Run and entry of the last commit."""
         self._settled = settled
         self._rounds: deque[_Round] = deque()  # in the order of their requests on the connection
         self._backlog: list[_Commit] = []  # to be sent (again)
@@ -153,6 +170,9 @@ class Committer:
                 while self._rounds and self._rounds[0].reply.done:  # and whatever else has come with it
                     self._take_round()
                 self._refused = 0
+                if self._evict is not None:
+                    await runs.evict(self._client, self._names, *self._evict)
+                    self._evict = None
             except ServerFull:  # until there is room: meanwhile append() waits
                 self._refused += 1
                 await anyio.sleep(BACKOFF.compute(min(self._refused, MAX_EXPONENT)))
@@ -271,6 +291,10 @@ class Committer:
                 self.gone = True
                 self._queue(commit, _Step.DROP)
             case _Step.LOG:
+                entry = int(value.partition(b"-")[2])
+                self.newest = commit.run, entry
+                if self._capacity and entry > self._capacity and entry % self._evict_every == 0:
+                    self._evict = commit.run, entry - self._capacity
                 self._queue(commit, _Step.KEEP)
             case _Step.KEEP | _Step.CHECK if value:
                 self._settle(commit, committed=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import struct
+import zlib
 from collections import deque
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -40,6 +41,7 @@ class Names:
     def __init__(self, name: str) -> None:
         self.name = check_name(name)
         self.log = f"{{{name}}}:log"
+        self.read = f"{{{name}}}:read"
 
     def data(self, run: int, chunk: ChunkId) -> bytes:
         return b"%b%d" % (_data_prefix(self.name, run, chunk.incarnation), chunk.seq)
@@ -90,6 +92,11 @@ def parse_begin(run: int, fields: dict[bytes, bytes]) -> Begin:
         return Begin(run, fields[b"begin"], int(fields[b"policy"]), fields[b"schema"].decode())
     except (KeyError, ValueError):
         raise CorruptValue(f"entry {run}-0 of the log does not begin a run: {fields!r:.200}") from None
+
+
+def share(chunk: ChunkId, learners: int) -> int:
+    """Which of so many learners reads the chunk: the same answer on every host, and even over chunks."""
+    return zlib.crc32(b"%b%d" % (chunk.incarnation, chunk.seq)) % learners
 
 
 class CommitsReply(Reply):
@@ -146,10 +153,14 @@ class Seen:
 
 
 class LogReader:
-    """Reads the commits of one run, each chunk once. ``ended``: a newer run has begun, or the log is gone."""
+    """Reads the commits of one run, each chunk once; of ``n`` learners, the i-th (``shard=(i, n)``) its own chunks only.
 
-    def __init__(self, client: Client, names: Names, run: int) -> None:
+    ``ended``: a newer run has begun, or the log is gone.
+    """
+
+    def __init__(self, client: Client, names: Names, run: int, shard: tuple[int, int] = (0, 1)) -> None:
         self.run = run
+        self.shard = shard
         self.ended = False
         self.duplicates = 0
         self._client = client
@@ -192,11 +203,16 @@ class LogReader:
         chunks: list[ChunkId] = []
         for chunk in present:
             self._cursor = self.run, chunk.entry
-            if self._seen.setdefault(chunk.incarnation, Seen()).add(chunk.seq):
-                chunks.append(chunk)
-            else:
+            if not self._seen.setdefault(chunk.incarnation, Seen()).add(chunk.seq):
                 self.duplicates += 1
+            elif share(chunk, self.shard[1]) == self.shard[0]:
+                chunks.append(chunk)
         return chunks
+
+    @property
+    def entry(self) -> int:
+        """The number of the last entry that was read."""
+        return self._cursor[1]
 
     @property
     def gaps(self) -> int:

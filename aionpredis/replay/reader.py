@@ -19,6 +19,7 @@ from aionpredis.formats import safetensors
 from aionpredis.formats.safetensors import Layout
 from aionpredis.memory import Recycler
 from aionpredis.pipeline import Pipeline
+from aionpredis.replay.lag import Progress
 from aionpredis.replay.log import ChunkId, LogReader, Names
 from aionpredis.replay.schema import Schema
 from aionpredis.requests import SLICE, ValueReply
@@ -55,10 +56,18 @@ class Source(Protocol):
         """The next chunk, if it is known already."""
 
     async def more(self) -> bool:
-        """Learn of more chunks, waiting for them if need be; ``False``: there will be none."""
+        """Learn of more chunks, waiting for them if need be; ``False``: there will be none. Without any: ask again."""
+
+    def substitute(self, chunk: ChunkId) -> ChunkId | None:
+        """What to read instead of a chunk that is not on the server; ``None``: its rows are left out."""
 
 
-class EpochSource:
+class _NoSubstitute:
+    def substitute(self, chunk: ChunkId) -> ChunkId | None:
+        return None
+
+
+class EpochSource(_NoSubstitute):
     """Every chunk that is committed when reading begins, once; shuffled if there is a generator."""
 
     def __init__(self, log: LogReader, rng: np.random.Generator | None) -> None:
@@ -80,7 +89,7 @@ class EpochSource:
         return True
 
 
-class FollowSource:
+class FollowSource(_NoSubstitute):
     """Every chunk of a run, in the order of commits, until the run has ended."""
 
     def __init__(self, log: LogReader) -> None:
@@ -91,12 +100,43 @@ class FollowSource:
         return self._chunks.popleft() if self._chunks else None
 
     async def more(self) -> bool:
-        while not self._log.ended:
+        if not self._log.ended:
             self._chunks += await self._log.read(wait=True)
-            if self._chunks:
-                return True
+            return True  # perhaps only seconds passed, or all was for other learners
         await self._log.read_all(self._chunks)  # what came between the last look and the end
         return bool(self._chunks)
+
+
+class DrawSource:
+    """Chunks drawn uniformly, with replacement, for ever, from all that are committed by then.
+
+    Each comes as a whole, so each transition has the same share in the batches, however long its chunk is.
+    """
+
+    def __init__(self, log: LogReader, rng: np.random.Generator) -> None:
+        self._log = log
+        self._rng = rng
+        self._known: list[ChunkId] = []
+        self._left = 0
+
+    def take(self) -> ChunkId | None:
+        if not (self._left and self._known):
+            return None
+        self._left -= 1
+        return self._known[int(self._rng.integers(len(self._known)))]
+
+    async def more(self) -> bool:
+        await self._log.read_all(self._known)
+        while not self._known and not self._log.ended:
+            self._known += await self._log.read(wait=True)
+        self._left = LOOK_AGAIN
+        return bool(self._known)
+
+    def substitute(self, chunk: ChunkId) -> ChunkId | None:
+        """Another chunk of that length, for one that is gone."""
+        self._known = [other for other in self._known if other != chunk]
+        alike = [other for other in self._known if other.rows == chunk.rows]
+        return alike[int(self._rng.integers(len(alike)))] if alike else None
 
 
 class _Batch:
@@ -125,6 +165,10 @@ class _Batch:
         for hole in self.holes:
             keep[hole] = False
         return {name: array[keep] for name, array in self.arrays.items()}
+
+
+LOOK_AGAIN = 1024
+"""Draws after which the log is read again; nothing travels meanwhile."""
 
 
 class _Place(NamedTuple):
@@ -163,7 +207,15 @@ class Batches:
     """
 
     def __init__(
-        self, client: Client, names: Names, schema: Schema, log: LogReader, source: Source, batch: int, drop_last: bool
+        self,
+        client: Client,
+        names: Names,
+        schema: Schema,
+        log: LogReader,
+        source: Source,
+        batch: int,
+        drop_last: bool,
+        progress: Progress | None = None,
     ) -> None:
         self.stats = ReadStats()
         self._client = client
@@ -173,6 +225,8 @@ class Batches:
         self._source = source
         self._size = batch
         self._drop_last = drop_last
+        self._progress = progress
+        self._read = 0  # the highest entry of the log of which all has arrived; for follow(), all before it, too
         self._pipeline: Pipeline[list[_Wanted]] = Pipeline(client)
         self._arrived: deque[tuple[_Wanted, NDArray[np.uint8] | None]] = deque()  # have to be placed yet
         self._batches: deque[_Batch] = deque()
@@ -196,6 +250,8 @@ class Batches:
     async def __anext__(self) -> Arrays:
         while True:
             if self._batches and self._batches[0].filled == self._size and not self._batches[0].pending:
+                if self._progress is not None:
+                    await self._progress.note(self._read)
                 arrays = self._finish()
                 if arrays is not None:
                     return arrays
@@ -205,8 +261,13 @@ class Batches:
             if self._arrived:
                 wanted, value = self._arrived[0]
                 await self._place(wanted, value)
-                self._settle(wanted)
+                other = self._source.substitute(wanted.chunk) if wanted.lost else None
                 self._arrived.popleft()
+                if other is None:
+                    self._settle(wanted)
+                else:
+                    wanted.chunk, wanted.key, wanted.lost = other, self._names.data(self._log.run, other), False
+                    self._ask([wanted])
             elif len(self._pipeline):
                 reply, group = await self._pipeline.next()
                 if reply.matched:
@@ -214,6 +275,9 @@ class Batches:
                         self._settle(wanted)
                 else:
                     self._take(group, reply.values)
+            elif self._progress is not None and not self._progress.said(self._log.entry):
+                # All that is known has arrived; there may be nothing more until the actors go on.
+                await self._progress.note(self._log.entry, now=True)
             elif not await self._source.more():
                 self.stats.duplicates, self.stats.gaps = self._log.duplicates, self._log.gaps
                 if not self._batches or self._drop_last:
@@ -231,6 +295,7 @@ class Batches:
 
     def _settle(self, wanted: _Wanted) -> None:
         self.stats.chunks += not wanted.lost
+        self._read = wanted.chunk.entry
         for batch, first, start, stop in wanted.places:
             batch.pending -= 1
             if wanted.lost:

@@ -18,7 +18,18 @@ if TYPE_CHECKING:
     from aionpredis.client import Client
     from aionpredis.wire.connection import Connection
 
-__all__ = ["CLOSED", "begin", "check_eviction", "close", "delete_below", "delete_oldest", "latest", "leftover_keys"]
+__all__ = [
+    "CLOSED",
+    "begin",
+    "check_eviction",
+    "close",
+    "delete_below",
+    "delete_oldest",
+    "drop",
+    "evict",
+    "latest",
+    "leftover_keys",
+]
 
 CLOSED = streams.RIGHT_MAX
 """The largest left half of an id: behind it the server refuses commits to any run."""
@@ -122,6 +133,13 @@ async def delete_below(client: Client, names: Names, run: int) -> int:
     return deleted
 
 
+async def drop(client: Client, names: Names, run: int) -> int:
+    """Delete one run: its data, then the entries that name it, then the one that begins it; how many chunks."""
+    deleted = await evict(client, names, run, streams.RIGHT_MAX)
+    await client.call("XDEL", names.log, f"{run}-0", repeatable=True)
+    return deleted
+
+
 async def delete_oldest(client: Client, names: Names) -> int:
     """Delete the data of the oldest run that has any, even of the present one; how many chunks were deleted."""
     last = await streams.last_generated(client, names.log)
@@ -132,13 +150,21 @@ async def delete_oldest(client: Client, names: Names) -> int:
         deleted = await delete_below(client, names, run + 1)
         if deleted:
             return deleted
+    if last is None or not last[1]:
+        return 0
+    return await evict(client, names, *last)  # the entry that begins the run stays, and what its actors add meanwhile
+
+
+async def evict(client: Client, names: Names, run: int, entry: int) -> int:
+    """Delete the data of the run's chunks that were committed up to this entry, then the entries; how many chunks.
+
+    All of them, not only one for each that was added, so that nothing stays when somebody died while evicting. By
+    ``XDEL``: to trim would take the entry that begins the run, too.
+    """
     deleted = 0
-    if last is not None:
-        # The entry that begins the run stays, and so does what its actors add meanwhile.
-        span = f"{last[0]}-1", f"{last[0]}-{last[1]}"
-        while last[1] and (entries := await streams.page(client, names.log, *span, UNLINK_KEYS)):
-            deleted += await _unlink(client, names, entries)
-            await client.call("XDEL", names.log, *(f"{left}-{right}" for (left, right), _ in entries), repeatable=True)
+    while entries := await streams.page(client, names.log, f"{run}-1", f"{run}-{entry}", UNLINK_KEYS):
+        deleted += await _unlink(client, names, entries)
+        await client.call("XDEL", names.log, *(f"{left}-{right}" for (left, right), _ in entries), repeatable=True)
     return deleted
 
 

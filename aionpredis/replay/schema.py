@@ -16,6 +16,9 @@ from aionpredis.formats import safetensors
 
 __all__ = ["Schema"]
 
+MAX_ROWS = 2**32 - 1
+"""Transitions in one chunk; its number in the log has 32 bits."""
+
 EPISODE_ENDS = ("terminated", "truncated")
 """Columns (scalar ``bool``) that say that an episode ended with this transition, as Gymnasium names them."""
 
@@ -55,14 +58,16 @@ class Schema(Mapping[str, "tuple[np.dtype[Any], tuple[int, ...]]"]):
                 # By its name: the result of newbyteorder() is a new object, and append() compares dtypes by identity.
                 native = np.dtype(native.newbyteorder("=").str)
             self._columns[name] = native, tuple(shape)
-        self.layout(1)  # unsupported dtypes show here
+        self._header_size = len(safetensors.layout(self._spec(MAX_ROWS)).header)  # unsupported dtypes show here
         self.row_nbytes = sum(dtype.itemsize * int(np.prod(shape)) for dtype, shape in self._columns.values())
         self.episode_ends = tuple(name for name in EPISODE_ENDS if self._columns.get(name) == (np.dtype(np.bool_), ()))
 
-    def layout(self, rows: int, *, header_size: int | None = None) -> safetensors.Layout:
-        """The file that holds ``rows`` transitions, column by column."""
-        spec = {name: (dtype, (rows, *shape)) for name, (dtype, shape) in self._columns.items()}
-        return safetensors.layout(spec, header_size=header_size)
+    def _spec(self, rows: int) -> dict[str, tuple[np.dtype[Any], tuple[int, ...]]]:
+        return {name: (dtype, (rows, *shape)) for name, (dtype, shape) in self._columns.items()}
+
+    def layout(self, rows: int) -> safetensors.Layout:
+        """The file that holds ``rows`` transitions, column by column. Its data begins at the same byte for any ``rows``."""
+        return safetensors.layout(self._spec(rows), header_size=self._header_size)
 
     @property
     def digest(self) -> str:

@@ -1,9 +1,19 @@
 """One module a case."""
 
-from bench.cases import codec, large, latency, memory, read, replay, sizes, write
+from bench.cases import codec, large, latency, memory, policy, read, replay, sizes, write
 from bench.harness import Case
 
 CASES: dict[str, Case] = {
     case.name: case
-    for case in (write.CASE, read.CASE, replay.CASE, latency.CASE, large.CASE, sizes.CASE, codec.CASE, memory.CASE)
+    for case in (
+        write.CASE,
+        read.CASE,
+        replay.CASE,
+        latency.CASE,
+        policy.CASE,
+        large.CASE,
+        sizes.CASE,
+        codec.CASE,
+        memory.CASE,
+    )
 }

@@ -12,7 +12,7 @@ import anyio
 
 import aionpredis
 from bench import frames
-from bench.cases.read import CRead1, CRead2, CRead4
+from bench.cases.read import BATCHES, Coredis, CRead1, CRead2, CRead4, Glide, RedisAsyncio, RedisMget
 from bench.cases.read import prepare as fill_keys
 from bench.ceilings import SocketPair
 from bench.frames import BATCH, COUNT, NBYTES
@@ -177,6 +177,77 @@ class Follow(Replaying):
         return self.sample()
 
 
+class Sampling(Replaying):
+    """Batches of 256 transitions, each drawn on its own; the peers draw keys for them beforehand."""
+
+    chunk: ClassVar[int]
+
+    async def open(self) -> None:
+        await super().open()
+        self.batches = self.work.size(BATCHES)
+        self.replay = make_replay(self.client, self.replay_name, self.chunk)
+        self.run_ = await self.replay.begin_run()
+        async with self.replay.actor() as actor:
+            await actor.join()
+            await append_all(actor, self.count)
+        self.sampler = await self.replay.sampler(self.run_, batch=BATCH, seed=1)
+
+    async def run(self) -> Sample:
+        for _ in range(self.batches):
+            self.last = await self.sampler.sample()
+        return Sample(self.batches * BATCH, self.batches * BATCH * NBYTES)
+
+    async def check(self) -> None:
+        for state, action in zip(self.last["state"], self.last["action"], strict=True):
+            frames.expect(state, int(action), self.frames)
+
+
+class SampleChunk16(Sampling):
+    name = "sample, chunk 16"
+    replay_name = "sample-16"
+    chunk = 16
+
+
+class SampleChunk1(Sampling):
+    name = "sample, chunk 1"
+    replay_name = "sample-1"
+    chunk = 1
+
+
+class SamplePrioritized(Sampling):
+    name = "sample, chunk 1, prioritized"
+    replay_name = "sample-per"
+    chunk = 1
+
+    async def open(self) -> None:
+        await super().open()
+        selection = aionpredis.Prioritized()
+        self.sampler = await self.replay.sampler(self.run_, batch=BATCH, selection=selection, seed=1)
+
+    async def run(self) -> Sample:
+        for _ in range(self.batches):
+            self.last = await self.sampler.sample()
+            self.sampler.update_priorities(self.last.ids, self.last["reward"])
+        return Sample(self.batches * BATCH, self.batches * BATCH * NBYTES)
+
+
+class DrawChunks16(Sampling):
+    """Whole chunks."""
+
+    name = "draw_chunks, chunk 16"
+    replay_name = "draw-16"
+    chunk = 16
+
+    async def run(self) -> Sample:
+        left = self.batches
+        async for batch in await self.replay.draw_chunks(self.run_, batch=BATCH):
+            self.last = aionpredis.Sample(batch)
+            left -= 1
+            if not left:
+                break
+        return Sample(self.batches * BATCH, self.batches * BATCH * NBYTES)
+
+
 class Ceiling(SocketPair):
     name = "socketpair, 205 kB"
     receives = True
@@ -192,8 +263,29 @@ class Ceiling(SocketPair):
 CASE = Case(
     "replay",
     "Replay: chunks of 16 transitions, 80x80 uint16 states",
-    (Append1, Append2, Append4, Epoch, Follow, CRead1, CRead2, CRead4, Ceiling),
     (
+        Append1,
+        Append2,
+        Append4,
+        Epoch,
+        Follow,
+        SampleChunk16,
+        SampleChunk1,
+        SamplePrioritized,
+        DrawChunks16,
+        RedisMget,
+        RedisAsyncio,
+        Coredis,
+        Glide,
+        CRead1,
+        CRead2,
+        CRead4,
+        Ceiling,
+    ),
+    (
+        Ratio("sample_chunk_16_vs_best_python_peer", DrawChunks16.name, "peer", ">= 3"),
+        Ratio("sample_chunk_1_vs_best_python_peer", SampleChunk1.name, "peer", ">= 2"),
+        Ratio("prioritized_vs_uniform", SamplePrioritized.name, SampleChunk1.name, ">= 0.8"),
         Ratio("epoch_vs_c_client", Epoch.name, "c", ">= 1.3"),
         Ratio("epoch_vs_socket_ceiling", Epoch.name, "socket", ">= 0.65", metric="bytes"),
     ),

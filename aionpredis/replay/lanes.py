@@ -1,0 +1,82 @@
+"""Vectorized environments: one call appends a transition to each lane, and each lane is a trajectory of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AsyncExitStack
+from dataclasses import astuple
+from types import TracebackType
+from typing import Any
+
+from aionpredis.errors import EncodeError
+from aionpredis.replay.actor import Actor, ActorStats
+from aionpredis.replay.log import Begin
+
+__all__ = ["VectorActor"]
+
+
+class VectorActor:
+    """As many actors as an environment has lanes. Made by :meth:`aionpredis.Replay.vector_actor`; used like one actor.
+
+    Transitions of a lane follow each other in the replay, so slices and n-step targets never mix lanes.
+    """
+
+    def __init__(self, actors: Sequence[Actor]) -> None:
+        self._actors = actors
+        self._stack = AsyncExitStack()
+
+    @property
+    def lanes(self) -> int:
+        return len(self._actors)
+
+    @property
+    def run(self) -> Begin | None:
+        """The run that is appended to; ``None`` before :meth:`join`, and after an error."""
+        runs = {actor.run for actor in self._actors}
+        return runs.pop() if len(runs) == 1 else None
+
+    @property
+    def stats(self) -> ActorStats:
+        """The sum over all lanes."""
+        return ActorStats(*map(sum, zip(*(astuple(actor.stats) for actor in self._actors), strict=True)))
+
+    async def __aenter__(self) -> VectorActor:
+        await self._stack.__aenter__()
+        for actor in self._actors:
+            await self._stack.enter_async_context(actor)
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool | None:
+        return await self._stack.__aexit__(kind, error, trace)
+
+    async def join(self) -> Begin:
+        """Go with all lanes to the newest run. Otherwise as :meth:`Actor.join`."""
+        for actor in self._actors:
+            await actor.join()
+        while self.run is None:  # one has begun meanwhile
+            newest = max(actor.run.run for actor in self._actors if actor.run is not None)
+            for actor in self._actors:
+                if actor.run is None or actor.run.run < newest:
+                    await actor.join()
+        return self.run
+
+    async def append(self, **values: Any) -> None:
+        """Add a transition to each lane: each column with a leading axis, ``(lanes, *shape)``.
+
+        Raises:
+            EncodeError: a column has not one value for each lane (nothing was added), or one does not fit.
+            Others: as :attr:`Actor.append`. Lanes before the one that raises have theirs.
+        """
+        for name, column in values.items():
+            if len(column) != len(self._actors):
+                raise EncodeError(f"column {name!r} has {len(column)} values for {len(self._actors)} lanes")
+        names = tuple(values)
+        for actor, row in zip(self._actors, zip(*values.values(), strict=True), strict=True):
+            await actor.append(**dict(zip(names, row, strict=True)))
+
+    async def flush(self) -> None:
+        """Return when all that was appended is acknowledged. Otherwise as :meth:`Actor.flush`."""
+        for actor in self._actors:
+            await actor.flush()

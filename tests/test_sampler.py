@@ -1,0 +1,478 @@
+"""Sampling: the right transitions, with the right probabilities, while chunks come and go."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections import Counter
+from typing import Any
+
+import anyio
+import numpy as np
+import pytest
+import redis
+from numpy.typing import NDArray
+
+import aionpredis
+from aionpredis import (
+    Client,
+    EncodeError,
+    Fifo,
+    Lifo,
+    Newest,
+    NStep,
+    Prioritized,
+    Replay,
+    RunEnded,
+    Sample,
+    Sampler,
+    Schema,
+    Shuffled,
+    Uniform,
+    UsageError,
+)
+from aionpredis.replay.selection import Selection
+
+from .replays import data_keys
+
+pytestmark = pytest.mark.anyio
+
+WIDE = 700
+"""A row of state in float64: longer than what is fetched as a whole, so it is asked for by itself."""
+
+SCHEMA = Schema(
+    state=("float64", (WIDE,)),
+    uid="int64",
+    reward="float32",
+    flags=("uint8", (3,)),
+    nothing=("uint8", (0,)),
+    terminated="bool",
+    truncated="bool",
+)
+NARROW = Schema(state=("float32", (2,)), uid="int64", reward="float32", terminated="bool", truncated="bool")
+
+
+def row(schema: Schema, uid: int, ends: str = "") -> dict[str, Any]:
+    values: dict[str, Any] = {
+        "state": np.full(schema["state"][1], uid, schema["state"][0]),
+        "uid": uid,
+        "reward": float(uid % 7),
+        "flags": np.full(3, uid % 256, np.uint8),
+        "nothing": np.zeros(0, np.uint8),
+        "terminated": ends == "terminated",
+        "truncated": ends == "truncated",
+    }
+    return {name: values[name] for name in schema}
+
+
+def end_of(uid: int) -> str:
+    """Episodes of 10; every third is truncated."""
+    return "" if uid % 10 != 9 else "truncated" if uid % 30 == 29 else "terminated"
+
+
+async def write(replay: Replay, uids: range, *, flush_every: int = 0) -> None:
+    """One actor's trajectory; its chunks are full, or shorter after each flush."""
+    async with replay.actor() as actor:
+        await actor.join()
+        for uid in uids:
+            await actor.append(**row(replay.schema, uid, end_of(uid)))
+            if flush_every and uid % flush_every == 0:
+                await actor.flush()
+
+
+async def filled(
+    client: Client, count: int, *, chunk: int = 4, schema: Schema = NARROW, flush_every: int = 0, actors: int = 1
+) -> Replay:
+    replay = client.replay("r", schema, chunk=chunk)
+    await replay.begin_run()
+    share = count // actors
+    for actor in range(actors):
+        await write(replay, range(actor * share, (actor + 1) * share), flush_every=flush_every)
+    return replay
+
+
+def check(batch: Sample, schema: Schema) -> NDArray[np.int64]:
+    """The columns belong together; the uids."""
+    uids: NDArray[np.int64] = batch["uid"]
+    assert (batch["state"] == uids[..., None]).all()
+    assert np.array_equal(batch["reward"], (uids % 7).astype(np.float32))
+    if "flags" in schema:
+        assert (batch["flags"] == (uids % 256)[..., None]).all()
+        assert batch["nothing"].shape == (*uids.shape, 0)
+    assert np.array_equal(batch["terminated"] | batch["truncated"], uids % 10 == 9)
+    return uids
+
+
+@pytest.mark.parametrize("schema", [SCHEMA, NARROW], ids=["wide", "narrow"])
+@pytest.mark.parametrize("chunk", [1, 4, 64])
+async def test_every_row_is_the_transition_that_was_appended(url: str, schema: Schema, chunk: int) -> None:
+    async with aionpredis.connect(url) as client:
+        replay = await filled(client, 150, chunk=chunk, schema=schema, flush_every=13)
+        sampler = await replay.sampler(batch=64, seed=1)
+        seen: set[int] = set()
+        for _ in range(12):
+            batch = await sampler.sample()
+            assert set(batch) == set(schema)
+            assert batch.ids.shape == (64,)
+            assert (batch.weights == 1).all()
+            seen |= set(check(batch, schema).tolist())
+        assert len(sampler) == 150
+        assert len(seen) > 140
+
+
+def chi_square(counts: list[int], expected: list[float]) -> float:
+    return sum((count - wanted) ** 2 / wanted for count, wanted in zip(counts, expected, strict=True))
+
+
+def limit(cells: int) -> float:
+    """What a chi-square of so many cells exceeds once in 10,000 times (Wilson and Hilferty's approximation)."""
+    degrees = cells - 1
+    return degrees * (1 - 2 / (9 * degrees) + 3.72 * math.sqrt(2 / (9 * degrees))) ** 3
+
+
+async def draw(sampler: Sampler, batches: int) -> Counter[int]:
+    drawn: Counter[int] = Counter()
+    for _ in range(batches):
+        drawn.update((await sampler.sample())["uid"].reshape(-1).tolist())
+    return drawn
+
+
+async def test_uniform_is_uniform_over_transitions_not_over_chunks(url: str) -> None:
+    async with aionpredis.connect(url) as client:
+        replay = await filled(client, 60, chunk=16, flush_every=7)  # chunks of 1 to 7
+        sampler = await replay.sampler(batch=500, columns=["uid"], seed=3)
+        drawn = await draw(sampler, 40)
+        assert chi_square([drawn[uid] for uid in range(60)], [20_000 / 60] * 60) < limit(60)
+
+
+async def test_drawn_chunks_are_uniform_over_transitions_however_long_they_are(url: str) -> None:
+    async with aionpredis.connect(url) as client:
+        replay = await filled(client, 60, chunk=16, flush_every=7)
+        drawn: Counter[int] = Counter()
+        batches = await replay.draw_chunks(batch=500, seed=3)
+        async for batch in batches:
+            drawn.update(batch["uid"].tolist())
+            if drawn.total() == 40_000:
+                break
+        # The draws are of whole chunks of about 7, so there are as many independent ones.
+        assert chi_square([drawn[uid] for uid in range(60)], [40_000 / 60] * 60) < 7 * limit(60)
+
+
+async def test_priorities_are_the_probabilities(url: str) -> None:
+    async with aionpredis.connect(url) as client:
+        replay = await filled(client, 40)
+        selection = Prioritized(alpha=0.7, beta=0.5)
+        sampler = await replay.sampler(batch=200, selection=selection, columns=["uid"], seed=4)
+        ids: dict[int, int] = {}
+        while len(ids) < 40:
+            batch = await sampler.sample()
+            ids |= dict(zip(batch["uid"].tolist(), batch.ids.tolist(), strict=True))
+        uids = sorted(ids)
+        priorities = np.array([0.0 if uid < 3 else 0.1 + uid % 8 for uid in uids])
+        sampler.update_priorities(np.array([ids[uid] for uid in uids]), priorities)
+        drawn = await draw(sampler, 100)
+        exact = priorities**0.7 / (priorities**0.7).sum()
+        assert all(drawn[uid] == 0 for uid in range(3))
+        assert chi_square([drawn[uid] for uid in uids[3:]], list(20_000 * exact[3:])) < limit(37)
+        batch = await sampler.sample()
+        chosen = exact[batch["uid"]]
+        assert np.allclose(batch.weights, (40 * chosen) ** -0.5 / (40 * exact[exact > 0].min()) ** -0.5, rtol=1e-5)
+
+
+async def test_new_transitions_have_the_highest_priority_so_far(url: str) -> None:
+    async with aionpredis.connect(url) as client:
+        replay = await filled(client, 20)
+        sampler = await replay.sampler(batch=20, selection=Prioritized(alpha=1.0), seed=5)
+        batch = await sampler.sample()
+        sampler.update_priorities(batch.ids, np.full(20, 1e-9))
+        sampler.update_priorities(batch.ids[:1], np.array([50.0]))
+        await write(replay, range(100, 104))
+        await sampler.refresh()
+        drawn = await draw(sampler, 50)
+        assert min(drawn[uid] for uid in range(100, 104)) > 100
+
+
+async def test_bad_priorities_and_priorities_of_what_is_gone(url: str) -> None:
+    async with aionpredis.connect(url) as client:
+        replay = await filled(client, 8)
+        sampler = await replay.sampler(batch=4, selection=Prioritized())
+        batch = await sampler.sample()
+        for wrong in (np.array([-1.0] * 4), np.array([np.nan] * 4), np.ones(3)):
+            with pytest.raises(UsageError, match="priorit"):
+                sampler.update_priorities(batch.ids, wrong)
+        sampler.update_priorities(np.array([10_000, -5]), np.ones(2))
+        with pytest.raises(UsageError, match="Prioritized"):
+            (await replay.sampler()).update_priorities(batch.ids, np.ones(4))
+
+
+async def test_without_replacement_every_pass_has_each_transition_once(url: str) -> None:
+    async with aionpredis.connect(url) as client:
+        replay = await filled(client, 40)
+        selection = Shuffled()
+        sampler = await replay.sampler(batch=8, selection=selection, seed=6)
+        orders = [[uid for _ in range(5) for uid in check(await sampler.sample(), NARROW).tolist()] for _ in range(2)]
+        assert [sorted(order) for order in orders] == [list(range(40))] * 2
+        assert orders[0] != orders[1]
+        assert selection.passes == 2
+
+
+@pytest.mark.parametrize(
+    ("selection", "expected"), [(Fifo, list(range(12))), (Lifo, list(range(39, 27, -1)))], ids=["fifo", "lifo"]
+)
+async def test_queue_and_stack(url: str, selection: type[Selection], expected: list[int]) -> None:
+    async with aionpredis.connect(url) as client:
+        replay = await filled(client, 40)
+        sampler = await replay.sampler(batch=6, selection=selection(), max_times_sampled=1)
+        assert [uid for _ in range(2) for uid in check(await sampler.sample(), NARROW).tolist()] == expected
+        assert len(sampler) == 28
+
+
+async def test_newest_draws_among_the_newest(url: str) -> None:
+    async with aionpredis.connect(url) as client:
+        replay = await filled(client, 40)
+        drawn = await draw(await replay.sampler(batch=50, selection=Newest(5)), 4)
+        assert set(drawn) == set(range(35, 40))
+
+
+@pytest.mark.parametrize("selection", [Uniform, Prioritized, Shuffled, Fifo])
+async def test_nothing_is_sampled_more_often_than_allowed(url: str, selection: type[Selection]) -> None:
+    async with aionpredis.connect(url) as client:
+        replay = await filled(client, 20)
+        sampler = await replay.sampler(batch=15, selection=selection(), max_times_sampled=3)
+        drawn = await draw(sampler, 4)
+        assert drawn == Counter(dict.fromkeys(range(20), 3))
+        assert len(sampler) == 0
+        with anyio.move_on_after(0.1) as scope:
+            await sampler.sample()
+        assert scope.cancelled_caught
+        await write(replay, range(100, 120))
+        assert set(check(await sampler.sample(), NARROW).tolist()) <= set(range(100, 120))
+
+
+@pytest.mark.parametrize("schema", [SCHEMA, NARROW], ids=["wide", "narrow"])
+async def test_columns_that_are_not_wanted_do_not_come(url: str, schema: Schema) -> None:
+    async with aionpredis.connect(url) as client:
+        replay = await filled(client, 40, schema=schema)
+        batch = await (await replay.sampler(batch=8, columns=["uid", "reward"])).sample()
+        assert list(batch) == ["uid", "reward"]
+        assert np.array_equal(batch["reward"], (batch["uid"] % 7).astype(np.float32))
+        for wrong in (["uid", "nonsense"], []):
+            with pytest.raises(UsageError, match="column"):
+                await replay.sampler(columns=wrong)
+
+
+@pytest.mark.parametrize("schema", [SCHEMA, NARROW], ids=["wide", "narrow"])
+async def test_slices_are_consecutive_and_stay_within_their_episode(url: str, schema: Schema) -> None:
+    async with aionpredis.connect(url) as client:
+        replay = await filled(client, 200, chunk=7, schema=schema, flush_every=23, actors=2)
+        sampler = await replay.sampler(batch=32, length=4, seed=7)
+        starts: set[int] = set()
+        for _ in range(20):
+            uids = check(await sampler.sample(), schema)
+            assert uids.shape == (32, 4)
+            assert (np.diff(uids, axis=1) == 1).all()
+            assert (uids[:, :-1] % 10 != 9).all()
+            assert (uids[:, 0] // 100 == uids[:, -1] // 100).all()
+            starts |= set(uids[:, 0].tolist())
+        assert starts <= {uid for uid in range(200) if uid % 10 <= 6}
+        assert len(starts) > 120
+
+
+async def test_lanes_of_a_vectorized_environment_are_trajectories_of_their_own(url: str) -> None:
+    async with aionpredis.connect(url) as client:
+        replay = client.replay("r", NARROW, chunk=4)
+        run = await replay.begin_run()
+        async with replay.vector_actor(3) as actor:
+            assert await actor.join() == run == actor.run
+            for step in range(50):
+                rows = [row(NARROW, 100 * lane + step, end_of(step)) for lane in range(actor.lanes)]
+                await actor.append(**{name: np.stack([one[name] for one in rows]) for name in NARROW})
+            with pytest.raises(EncodeError, match="lanes"):
+                await actor.append(**{name: np.stack([one[name] for one in rows[:2]]) for name in NARROW})
+            await actor.flush()
+            assert actor.stats.acknowledged == actor.stats.appended == 150
+            sampler = await replay.sampler(batch=64, length=5, seed=1)
+            for _ in range(10):
+                uids = check(await sampler.sample(), NARROW)
+                assert (np.diff(uids, axis=1) == 1).all()
+            second = await replay.begin_run()
+            with pytest.raises(RunEnded):
+                while True:
+                    await actor.append(**{name: np.stack([one[name] for one in rows]) for name in NARROW})
+            assert await actor.join() == second
+
+
+async def test_slices_that_do_not_exist_are_waited_for(url: str) -> None:
+    async with aionpredis.connect(url) as client:
+        replay = await filled(client, 40)
+        for selection in (Uniform(), Prioritized(), Fifo(), Shuffled()):
+            sampler = await replay.sampler(batch=2, length=11, selection=selection)
+            with anyio.move_on_after(0.1) as scope:
+                await sampler.sample()
+            assert scope.cancelled_caught
+
+
+def n_step_by_hand(uid: int, steps: int, discount: float) -> tuple[float, float, int]:
+    """Return, discount, and the uid of the next state."""
+    total = 0.0
+    for step in range(steps):
+        now = uid + step
+        if end_of(now) == "truncated":
+            return total, discount**step, now
+        total += discount**step * (now % 7)
+        if end_of(now) == "terminated":
+            return total, 0.0, now
+    return total, discount**steps, uid + steps
+
+
+@pytest.mark.parametrize("steps", [1, 3, 12])
+@pytest.mark.parametrize("schema", [SCHEMA, NARROW], ids=["wide", "narrow"])
+async def test_n_step_targets_are_those_of_a_plain_loop(url: str, schema: Schema, steps: int) -> None:
+    async with aionpredis.connect(url) as client:
+        replay = await filled(client, 130, chunk=8, schema=schema, flush_every=11)
+        sampler = await replay.sampler(batch=64, n_step=NStep(steps, discount=0.9), seed=8)
+        seen: set[int] = set()
+        for _ in range(12):
+            batch = await sampler.sample()
+            for index, uid in enumerate(check(batch, schema).tolist()):
+                total, discount, following = n_step_by_hand(uid, steps, 0.9)
+                assert batch["return"][index] == pytest.approx(total, rel=1e-5)
+                assert batch["discount"][index] == pytest.approx(discount, rel=1e-5)
+                assert (batch["next_state"][index] == following).all()
+                seen.add(uid)
+        assert len(seen) > 100
+        assert max(seen) == 129  # the last one terminated; those before it need nothing behind it
+
+
+async def test_n_step_and_slices_together(url: str) -> None:
+    async with aionpredis.connect(url) as client:
+        replay = await filled(client, 60)
+        batch = await (await replay.sampler(batch=16, length=3, n_step=NStep(2, discount=0.5))).sample()
+        assert batch["uid"].shape == (16, 3)
+        expected = [n_step_by_hand(uid, 2, 0.5)[0] for uid in batch["uid"][:, 0].tolist()]
+        assert np.allclose(batch["return"], expected)
+
+
+async def test_chunks_that_are_gone_are_drawn_again_and_counted(url: str, stock: redis.Redis) -> None:
+    async with aionpredis.connect(url) as client:
+        replay = await filled(client, 40, schema=SCHEMA)
+        sampler = await replay.sampler(batch=64, seed=9)
+        check(await sampler.sample(), SCHEMA)
+        gone = sorted(data_keys(stock))[:5]
+        stock.delete(*gone)
+        for _ in range(5):
+            check(await sampler.sample(), SCHEMA)
+        assert sampler.stats.lost == 20
+        assert len(sampler) == 20
+        stock.delete(*data_keys(stock))
+        with anyio.move_on_after(0.1) as scope:
+            await sampler.sample()
+        assert scope.cancelled_caught
+        assert len(sampler) == 0
+
+
+async def test_drawn_chunks_that_are_gone_are_replaced(url: str, stock: redis.Redis) -> None:
+    async with aionpredis.connect(url) as client:
+        replay = await filled(client, 40)
+        batches = await replay.draw_chunks(batch=32, seed=1)
+        await anext(batches)
+        stock.delete(*sorted(data_keys(stock))[:5])
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for _ in range(1000):  # what was asked for before comes first
+                assert len((await anext(batches))["uid"]) == 32
+        assert "is in the log, but not on the server" in str(caught[0].message)
+
+
+async def test_sampling_waits_for_the_minimum(url: str) -> None:
+    async with aionpredis.connect(url) as client:
+        replay = await filled(client, 10)
+        sampler = await replay.sampler(batch=4, min_size=30)
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(sampler.sample)
+            await anyio.sleep(0.05)
+            assert sampler.stats.sampled == 0
+            await write(replay, range(10, 30))
+        assert sampler.stats.sampled == 4
+        assert sampler.stats.waits == 1
+
+
+async def test_samples_per_insert_holds_the_learner_back(url: str) -> None:
+    async with aionpredis.connect(url) as client:
+        replay = await filled(client, 20)
+        sampler = await replay.sampler(batch=10, samples_per_insert=2.0, tolerance=10.0)
+        with anyio.move_on_after(0.2) as scope:
+            while True:
+                await sampler.sample()
+        assert scope.cancelled_caught
+        assert sampler.stats.sampled == 50
+        await write(replay, range(20, 40))
+        with anyio.move_on_after(0.2):
+            while True:
+                await sampler.sample()
+        assert sampler.stats.sampled == 90
+
+
+async def test_waiting_ends_with_the_run(url: str) -> None:
+    async with aionpredis.connect(url) as client:
+        replay = await filled(client, 10)
+        sampler = await replay.sampler(min_size=100)
+        await replay.begin_run()
+        with pytest.raises(RunEnded):
+            await sampler.sample()
+
+
+async def test_a_cancelled_sample_writes_nothing_afterwards_and_the_next_is_right(url: str) -> None:
+    async with aionpredis.connect(url) as client:
+        replay = await filled(client, 200, schema=SCHEMA)
+        sampler = await replay.sampler(batch=128, seed=2)
+        for delay in (0.0, 0.0002, 0.0005, 0.001, 0.002) * 4:
+            with anyio.move_on_after(delay):
+                await sampler.sample()
+            check(await sampler.sample(), SCHEMA)
+
+
+async def test_batches_that_are_kept_are_not_overwritten(url: str) -> None:
+    async with aionpredis.connect(url) as client:
+        replay = await filled(client, 100, schema=SCHEMA)
+        sampler = await replay.sampler(batch=16, n_step=NStep(1), seed=2)
+        kept = [await sampler.sample() for _ in range(20)]
+        for batch in kept:
+            check(batch, SCHEMA)
+            assert (batch["next_state"][:, 0] - batch["uid"] <= 1).all()
+
+
+async def test_two_samplers_with_one_seed_draw_alike(url: str) -> None:
+    async with aionpredis.connect(url) as client:
+        replay = await filled(client, 100)
+        for selection in (Uniform, Prioritized, Shuffled):
+            one, two = [await replay.sampler(batch=16, selection=selection(), seed=5) for _ in range(2)]
+            for _ in range(5):
+                assert np.array_equal((await one.sample())["uid"], (await two.sample())["uid"])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"batch": 0},
+        {"length": 0},
+        {"min_size": -1},
+        {"max_times_sampled": -1},
+        {"samples_per_insert": 0.0},
+        {"samples_per_insert": math.nan},
+        {"tolerance": -1.0},
+        {"n_step": NStep(1, columns=["nonsense"])},
+    ],
+    ids=str,
+)
+async def test_wrong_options_are_usage_errors(url: str, options: dict[str, Any]) -> None:
+    async with aionpredis.connect(url) as client:
+        replay = await filled(client, 4)
+        with pytest.raises(UsageError):
+            await replay.sampler(**options)
+
+
+def test_wrong_selections_are_usage_errors() -> None:
+    for make in (lambda: Newest(0), lambda: Prioritized(alpha=-1), lambda: Prioritized(beta=2), lambda: NStep(0)):
+        with pytest.raises(UsageError):
+            make()
