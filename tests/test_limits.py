@@ -146,6 +146,15 @@ async def test_samples_per_insert_with_a_lag_holds_the_actors_back(url: str) -> 
             tasks.cancel_scope.cancel()
 
 
+@pytest.mark.parametrize("options", [{"min_size": 41}, {"samples_per_insert": 0.5, "batch": 21}], ids=str)
+async def test_limits_that_wait_for_each_other_are_a_usage_error(url: str, options: dict[str, Any]) -> None:
+    async with aionpredis.connect(url) as client:
+        replay = limited(client, max_lag=40)
+        await replay.begin_run()
+        with pytest.raises(UsageError, match="max_lag"):
+            await replay.sampler(**options)
+
+
 async def test_an_actor_that_waits_for_a_learner_notices_the_next_run(url: str) -> None:
     async with aionpredis.connect(url) as client:
         replay = limited(client, max_lag=8)

@@ -320,6 +320,14 @@ class Replay:
             raise UsageError(
                 f"samples_per_insert is positive and tolerance not negative, not {samples_per_insert!r}, {tolerance!r}"
             )
+        least = max(
+            min_size, 0 if math.isinf(samples_per_insert) else math.ceil((batch - tolerance) / samples_per_insert)
+        )
+        if self._max_lag and least > self._max_lag * self._chunk:
+            raise UsageError(
+                f"sample() waits for {least} transitions (min_size, samples_per_insert), and the actors stop at "
+                f"max_lag={self._max_lag * self._chunk}: make max_lag larger"
+            )
         log = LogReader(self._client, self._names, await self._run(run), _shard(shard))
         return Sampler(
             self._client,

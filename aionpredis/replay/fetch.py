@@ -8,7 +8,7 @@ Rows that are the whole chunk come by one ``GET``, which Valkey answers without 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -37,18 +37,32 @@ _Memory = dict[str, NDArray[np.uint8]]
 SMALL = 2048
 """Bytes of a column in one chunk up to which all of it is fetched: another command costs as much as ~10 kB."""
 
+KEPT_BYTES = 64 << 20
+"""Bytes of small columns that a learner keeps, for each length of chunks. 1 M transitions of 80x80 states with an action, a
+reward and a flag need 13 MB."""
+
+MAX_CHUNKS = 4096
+"""Transitions, so at most chunks, of which the small columns are needed at once."""
+
 MAX_RUNS = 32
 """Rows, or series of rows, in one request."""
 
 
 class _Run(NamedTuple):
-    """``length`` rows of a chunk from ``row`` on, which go to ``out`` from ``target`` on."""
+    """``length`` rows of a chunk from ``row`` on, which go to the batch from ``target`` on.
+
+    ``slot``: where the chunk's small columns are, or go, in their pool; ``is_kept``: they are there; ``is_first``: else this
+    run brings them, not another one of the same chunk.
+    """
 
     chunk: int
+    key: bytes
     row: int
     length: int
     target: int
-    scratch: int  # where the chunk's small columns go; -1: another run brings them
+    slot: int
+    is_first: bool
+    is_kept: bool
 
 
 class _Part(NamedTuple):
@@ -113,54 +127,99 @@ def _plan(schema: Schema, rows: int, wanted: Sequence[str]) -> _Plan:
     return _Plan(rows, layout.header, blocks, large, small, order, scratch, complete, row_bytes, scratch + start)
 
 
+class _Pool:
+    """The small columns of chunks of one length, kept: a chunk never changes. Beyond ``KEPT_BYTES`` the oldest go."""
+
+    def __init__(self, width: int, *, keeps: bool) -> None:
+        self._keeps = keeps
+        self._most = max(2 * MAX_CHUNKS, KEPT_BYTES // max(width, 1))
+        self._owners: list[bytes | None] = []
+        self._slots: dict[bytes, int] = {}
+        self._next = 0
+        self.memory = np.empty((0, width), np.uint8)
+
+    def reserve(self, keys: list[bytes]) -> list[tuple[int, bool]]:
+        """For each chunk its slot, and whether it is there already. A new one counts as there when it is :meth:`keep`-ed."""
+        if not self._keeps:
+            if len(keys) > len(self.memory):
+                self.memory = np.empty((len(keys), self.memory.shape[1]), np.uint8)
+            return [(slot, False) for slot in range(len(keys))]
+        held = {self._slots[key] for key in keys if key in self._slots}
+        reserved: list[tuple[int, bool]] = []
+        for key in keys:
+            slot = self._slots.get(key)
+            if slot is None:
+                reserved.append((self._take(held), False))
+            else:
+                reserved.append((slot, True))
+        if len(self._owners) > len(self.memory):
+            more = max(len(self._owners), min(2 * len(self.memory), self._most))
+            grown = np.empty((more, self.memory.shape[1]), np.uint8)
+            grown[: len(self.memory)] = self.memory
+            self.memory = grown
+        return reserved
+
+    def _take(self, held: set[int]) -> int:
+        while self._next in held:
+            self._next += 1
+        slot = self._next
+        if slot == len(self._owners):
+            self._owners.append(None)
+        owner, self._owners[slot] = self._owners[slot], None
+        if owner is not None:
+            del self._slots[owner]
+        self._next = (slot + 1) % self._most
+        return slot
+
+    def keep(self, key: bytes, slot: int) -> None:
+        if self._keeps:
+            self._owners[slot] = key
+            self._slots[key] = slot
+
+
 class _Job:
     """What one call of :meth:`Fetcher.fetch` asks for, and where it goes."""
 
     def __init__(
-        self,
-        chunks: list[ChunkId],
-        key: Callable[[ChunkId], bytes],
-        plans: dict[int, _Plan],
-        memory: _Memory,
-        count: int,
+        self, chunks: list[ChunkId], plans: dict[int, _Plan], pools: dict[int, _Pool], memory: _Memory
     ) -> None:
         self._chunks = chunks
-        self._key = key
-        self.plans = plans
+        self._plans = plans
         self._rows = {name: (array.reshape(-1).data, array.shape[1]) for name, array in memory.items() if array.size}
-        self._width = max(plan.scratch_bytes for plan in plans.values())
-        self.scratch = np.empty((count, self._width), np.uint8)
-        self._flat = self.scratch.reshape(-1).data if self.scratch.size else memoryview(b"")
+        self._small = {
+            rows: (pool.memory.reshape(-1).data if pool.memory.size else memoryview(b""), pool.memory.shape[1])
+            for rows, pool in pools.items()
+        }
 
     def plan(self, run: _Run) -> _Plan:
-        return self.plans[self._chunks[run.chunk].rows]
+        return self._plans[self._chunks[run.chunk].rows]
 
     def parts(self, run: _Run) -> list[_Part]:
         """The commands for a run."""
-        chunk, row, length, target, scratch = run
-        plan = self.plans[self._chunks[chunk].rows]
-        key = self._key(self._chunks[chunk])
-        at = scratch * self._width
-        if length == plan.rows and scratch >= 0 and plan.all_wanted:
+        plan = self.plan(run)
+        key, target, length = run.key, run.target, run.length
+        small, width = self._small[plan.rows]
+        at = run.slot * width
+        if run.is_first and length == plan.rows and plan.all_wanted:
             places: list[memoryview] = []
             for part in plan.order:
                 if part.__class__ is int:
-                    places.append(self._flat[at : at + part])
+                    places.append(small[at : at + part])
                     at += part
                 else:
                     memory, size = self._rows[part]
                     places.append(memory[target * size : (target + length) * size])
             return [_Part(b"*2\r\n$3\r\nGET\r\n$%d\r\n%b\r\n" % (len(key), key), plan.head, places)]
         parts: list[_Part] = []
-        if scratch >= 0:
+        if run.is_first and not run.is_kept:
             for start, stop in plan.blocks:
                 head = plan.head if not start else b""
                 size = stop - start - len(head)
-                parts.append(_Part(_getrange(key, start, stop), head, [self._flat[at : at + size]] if size else []))
+                parts.append(_Part(_getrange(key, start, stop), head, [small[at : at + size]] if size else []))
                 at += size
         for name, start, size in plan.large:
             memory, _ = self._rows[name]
-            command = _getrange(key, start + row * size, start + (row + length) * size)
+            command = _getrange(key, start + run.row * size, start + (run.row + length) * size)
             parts.append(_Part(command, b"", [memory[target * size : (target + length) * size]]))
         return parts
 
@@ -170,7 +229,7 @@ class _Job:
         total = 0
         for run in runs:
             plan = self.plan(run)
-            if run.scratch < 0 and not plan.large:
+            if not plan.large and (run.is_kept or not run.is_first):
                 continue  # it has nothing to ask for
             size = run.length * plan.row_bytes + plan.small_bytes
             if group and (total + size > SLICE or len(group) == MAX_RUNS):
@@ -192,6 +251,7 @@ class Fetcher:
         self._run = run
         self._index = index
         self._plans: dict[tuple[int, tuple[str, ...]], _Plan] = {}
+        self._pools: dict[int, _Pool] = {}  # by rows of a chunk
         self._patterns: dict[Any, Pattern] = {}
 
     async def fetch(self, ids: Ids, out: Arrays) -> NDArray[np.bool_]:
@@ -205,26 +265,45 @@ class Fetcher:
             ServerError, ConnectionLost, ConnectError: as for :meth:`aionpredis.Client.get`.
         """
         found = np.ones(len(ids), np.bool_)
-        if not len(ids):
-            return found
+        for start in range(0, len(ids), MAX_CHUNKS):
+            part = slice(start, start + MAX_CHUNKS)
+            found[part] = await self._fetch(ids[part], {name: array[part] for name, array in out.items()})
+        return found
+
+    async def _fetch(self, ids: Ids, out: Arrays) -> NDArray[np.bool_]:
+        found = np.ones(len(ids), np.bool_)
         known = self._index.chunks
         memory = {name: _bytes(array) for name, array in out.items()}
         chunks, rows = self._index.locate(ids)
-        runs, place_of = _runs(chunks, rows)
-        plans = {length: self._plan(length, tuple(out)) for length in {known[chunk].rows for chunk in place_of}}
-        job = _Job(known, partial(self._names.data, self._run), plans, memory, len(place_of))
+        numbers = list(dict.fromkeys(chunks.tolist()))
+        keys = {number: self._names.data(self._run, known[number]) for number in numbers}
+        plans = {length: self._plan(length, tuple(out)) for length in {known[number].rows for number in numbers}}
+        slots: dict[int, tuple[int, bool]] = {}
+        for length, plan in plans.items():
+            pool = self._pools.get(length)
+            if pool is None:
+                # A chunk of one large transition comes by one GET, small columns and all.
+                pool = self._pools[length] = _Pool(plan.scratch_bytes, keeps=length > 1 or not plan.large)
+            alike = [number for number in numbers if known[number].rows == length]
+            slots.update(zip(alike, pool.reserve([keys[number] for number in alike]), strict=True))
+        runs = _runs(chunks, rows, keys, slots)
+        pools = {length: self._pools[length] for length in plans}
+        job = _Job(known, plans, pools, memory)
         lost = {run.chunk for run in await self._receive(runs, job, tuple(out))}
-        for chunk in lost:
-            await self._fetch_whole(chunk, chunks, rows, out, found)
-        numbers = chunks.tolist()
-        lengths = np.array([0 if chunk in lost else known[chunk].rows for chunk in numbers])
-        at = np.array([place_of[chunk] for chunk in numbers])
+        for number in numbers:
+            if number not in lost:
+                self._pools[known[number].rows].keep(keys[number], slots[number][0])
+        for number in lost:
+            await self._fetch_whole(number, chunks, rows, out, found)
+        lengths = np.array([0 if number in lost else known[number].rows for number in chunks.tolist()])
+        slot = np.array([slots[number][0] for number in chunks.tolist()])
         for length, plan in plans.items():
             chosen = np.flatnonzero(lengths == length)
+            small = pools[length].memory[slot[chosen]]
             for name, size, offset in plan.small:
                 if name in out and size and len(chosen):
-                    column = job.scratch[:, offset : offset + length * size].reshape(len(place_of), length, size)
-                    memory[name][chosen] = column[at[chosen], rows[chosen]]
+                    column = small[:, offset : offset + length * size].reshape(len(chosen), length, size)
+                    memory[name][chosen] = column[np.arange(len(chosen)), rows[chosen]]
         return found
 
     def _plan(self, rows: int, wanted: tuple[str, ...]) -> _Plan:
@@ -257,7 +336,7 @@ class Fetcher:
     def _request(self, group: list[_Run], job: _Job, wanted: tuple[str, ...]) -> tuple[Sequence[Buffer], ValueReply]:
         parts = [part for run in group for part in job.parts(run)]
         known = self._index.chunks
-        signature = wanted, *[(known[run.chunk].rows, run.length, run.scratch >= 0) for run in group]
+        signature = wanted, *[(known[run.chunk].rows, run.length, run.is_first, run.is_kept) for run in group]
         pattern = self._patterns.get(signature)
         if pattern is None:
             if len(self._patterns) >= 1024:
@@ -314,18 +393,19 @@ def _place(value: Any, part: _Part) -> bool:
     return True
 
 
-def _runs(chunks: Ids, rows: Ids) -> tuple[list[_Run], dict[int, int]]:
-    """Series of rows that follow each other both in their chunk and in the batch; each chunk's place in the scratch memory."""
+def _runs(chunks: Ids, rows: Ids, keys: dict[int, bytes], slots: dict[int, tuple[int, bool]]) -> list[_Run]:
+    """Series of rows that follow each other both in their chunk and in the batch."""
     starts = np.flatnonzero(np.r_[True, (np.diff(chunks) != 0) | (np.diff(rows) != 1)])
     counts = np.diff(starts, append=len(chunks))
     runs: list[_Run] = []
-    places: dict[int, int] = {}
+    seen: set[int] = set()
     for chunk, row, count, start in zip(
         chunks[starts].tolist(), rows[starts].tolist(), counts.tolist(), starts.tolist(), strict=True
     ):
-        scratch = -1 if chunk in places else places.setdefault(chunk, len(places))
-        runs.append(_Run(chunk, row, count, start, scratch))
-    return runs, places
+        slot, is_kept = slots[chunk]
+        runs.append(_Run(chunk, keys[chunk], row, count, start, slot, chunk not in seen, is_kept))
+        seen.add(chunk)
+    return runs
 
 
 def _getrange(key: bytes, start: int, stop: int) -> bytes:

@@ -19,7 +19,7 @@ class Index:
     """Numbers the transitions of a run 0, 1, … in the order of the log. All of it is this process's own knowledge.
 
     A transition is *present* until its chunk is found to be gone from the server, or it is :meth:`discard`-ed. Memory:
-    2 bytes a transition and ~300 a chunk; what lies before the oldest transition that is present is forgotten.
+    3 bytes a transition and ~300 a chunk; what lies before the oldest transition that is present is forgotten.
     """
 
     def __init__(self) -> None:
@@ -30,6 +30,7 @@ class Index:
         self._next = np.zeros(256, np.int64)  # by chunk: the one behind it in its trajectory, -1: not known
         self._ends = np.zeros(4096, np.bool_)  # by transition: whether an episode ended there
         self._present = np.zeros(4096, np.bool_)
+        self._barred = np.zeros(4096, np.bool_)
         self._base = 0  # the number of the first transition in these arrays
         self._stop = 0  # the number that the next transition will get
         self._known: dict[tuple[bytes, int], int] = {}
@@ -59,7 +60,9 @@ class Index:
             while stop > len(self._ends):
                 self._ends = np.concatenate([self._ends, np.zeros_like(self._ends)])
                 self._present = np.concatenate([self._present, np.zeros_like(self._present)])
+                self._barred = np.concatenate([self._barred, np.zeros_like(self._barred)])
             self._present[at:stop] = True
+            self._barred[at:stop] = False
             self._ends[at:stop] = False
             if chunk.ends:
                 bits = np.unpackbits(np.frombuffer(chunk.ends, np.uint8), bitorder="little")[: chunk.rows]
@@ -107,6 +110,15 @@ class Index:
         found: NDArray[np.bool_] = inside & self._ends[np.where(inside, ids - self._base, 0)]
         return found
 
+    def bar(self, ids: Ids) -> None:
+        """Do not draw these any more. They are still there for those that they follow."""
+        self._barred[ids - self._base] = True
+
+    def is_barred(self, ids: Ids) -> NDArray[np.bool_]:
+        """For transitions that are present."""
+        barred: NDArray[np.bool_] = self._barred[ids - self._base]
+        return barred
+
     def discard(self, ids: Ids) -> Ids:
         """These are not present any more; those that were until now."""
         gone = np.unique(ids[self.is_present(ids)])
@@ -140,4 +152,5 @@ class Index:
         self._next = np.maximum(self._next[half:] - half, -1)
         self._ends = self._ends[base - self._base :].copy()
         self._present = self._present[base - self._base :].copy()
+        self._barred = self._barred[base - self._base :].copy()
         self._base = base

@@ -63,7 +63,7 @@ class Lag:
         self._read = 0
 
     def is_behind(self, run: int, entry: int) -> bool:
-        """Whether ``entry`` is too far ahead of what was read when last looked. Before there is a learner nothing is."""
+        """Whether ``entry`` is too far ahead of what was read when last looked: of nothing, before there is a learner."""
         if run != self._run:
             self._run, self._read = run, 0
         return bool(self._most) and entry - self._read > self._most

@@ -37,7 +37,7 @@ class NStep:
     ``return``, float32: the discounted sum of up to ``steps`` rewards, to the end of the episode at most. ``discount``,
     float32: what the value of the state behind them is to be multiplied with, 0 where the episode terminated.
     ``next_<column>`` for each of ``columns``: that state. Where an episode was truncated the state behind it is not known,
-    so the last one that is takes its place, and its reward is left out.
+    so the last one that is takes its place, and its reward is left out; the truncated transition itself is never drawn.
     """
 
     steps: int = 1
@@ -172,9 +172,9 @@ class Sampler:
         while len(open_rows):
             ids[open_rows] = await self._draw(len(open_rows), np.delete(ids, open_rows))
             found = await self._receive(ids[open_rows], out, open_rows)
-            lost = ids[open_rows[~found]]
             open_rows = open_rows[~found]
-            self._lose(lost)
+            lost = ids[open_rows]
+            self._lose(lost[~self._index.is_barred(lost)])
         self._count(ids)
         batch = Sample(out)
         batch.ids = ids
@@ -298,7 +298,7 @@ class Sampler:
             eligible &= ~np.isin(ids, used_up)
         if self._length > 1 or self._n_step is not None:
             chosen = np.flatnonzero(eligible)
-            eligible[chosen] = self._has_followers(ids[chosen])
+            eligible[chosen] = ~self._index.is_barred(ids[chosen]) & self._has_followers(ids[chosen])
         return eligible
 
     def _within_times(self, ids: Ids, taken: Ids) -> Ids:
@@ -392,11 +392,13 @@ class Sampler:
             terminated[inside] = small["terminated"]
         over = terminated.any(axis=1)
         truncated = (last < steps) & ~over
+        hopeless = truncated & (last == 0) & there.all(axis=1)
+        self._index.bar(ids[hopeless])
         rewards[truncated, last[truncated]] = 0.0
         powers = n_step.discount ** np.arange(steps + 1)
         out["return"][rows] = rewards @ powers[:steps]  # 0 behind the end
         out["discount"][rows] = np.where(over, 0.0, powers[last])
-        complete: NDArray[np.bool_] = found & there.all(axis=1)
+        complete: NDArray[np.bool_] = found & there.all(axis=1) & ~hopeless
         return complete
 
 

@@ -115,8 +115,9 @@ class Shuffled(_Stateless):
 class Prioritized:
     """With probability ``priority ** alpha / total``: prioritized experience replay (Schaul et al. 2015, arXiv:1511.05952).
 
-    New transitions have the highest priority so far, so that each is seen. ``alpha``: 0 is uniform. ``beta``: how much of
-    the bias the importance weights take back, 1 all of it; may be assigned anew at any time, as it is usually annealed.
+    New transitions have the highest priority so far, so that each is seen; one outlier keeps it high for ever. ``alpha``: 0
+    is uniform. ``beta``: how much of the bias the importance weights take back, 1 all of it; may be assigned anew at any
+    time, as it is usually annealed.
     """
 
     def __init__(self, alpha: float = 0.6, beta: float = 0.4) -> None:
