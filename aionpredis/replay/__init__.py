@@ -17,9 +17,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from aionpredis.errors import ReplayGone, ServerFull, UsageError
+from aionpredis.names import check_name
 from aionpredis.policy import Policy
 from aionpredis.replay import checkpoint, runs
 from aionpredis.replay.actor import Actor, ActorStats
+from aionpredis.replay.group import GroupSource
 from aionpredis.replay.lag import Progress
 from aionpredis.replay.lanes import VectorActor
 from aionpredis.replay.log import Begin as Run
@@ -259,6 +261,25 @@ class Replay:
         """The run's transitions as they are committed, each once; ends when the run has ended. Otherwise like epoch."""
         log = LogReader(self._client, self._names, await self._run(run), _shard(shard))
         return self._batches(log, FollowSource(log), batch, drop_last, self._progress(log))
+
+    async def consume(
+        self, run: int | Run | None = None, *, group: str, batch: int = 256, reclaim: float = 60.0
+    ) -> Batches:
+        """The run's transitions, shared among all readers of this ``group`` as they come for them; ends when the run has
+        ended and everything is acknowledged::
+
+            batches = await replay.consume(group="learners")
+            async for batch in batches:
+                train(batch["state"], batch["action"])
+                await batches.acknowledge()
+
+        **At least once**: what a reader took and did not acknowledge within ``reclaim`` seconds (it died, or was slow) goes
+        to another one of the group. A batch may be shorter, when there is nothing more at the moment. By a consumer group of
+        the server's; readers that need each chunk exactly once share by ``shard=``.
+        """
+        log = LogReader(self._client, self._names, await self._run(run))
+        source = GroupSource(self._client, self._names, log, check_name(group), reclaim=reclaim)
+        return self._batches(log, source, batch, False)
 
     def _progress(self, log: LogReader) -> Progress | None:
         return Progress(self._client, self._names, log.run, f"{log.shard[0]}") if self._max_lag else None

@@ -14,11 +14,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from aionpredis import codecs, streams
-from aionpredis.errors import SchemaMismatch, ServerError
+from aionpredis.errors import SchemaMismatch, ServerError, UsageError
 from aionpredis.formats import safetensors
 from aionpredis.formats.safetensors import Layout
 from aionpredis.memory import Recycler
 from aionpredis.pipeline import Pipeline
+from aionpredis.replay.group import GroupSource
 from aionpredis.replay.lag import Progress
 from aionpredis.replay.log import ChunkId, LogReader, Names
 from aionpredis.replay.schema import Schema
@@ -61,8 +62,14 @@ class Source(Protocol):
     def substitute(self, chunk: ChunkId) -> ChunkId | None:
         """What to read instead of a chunk that is not on the server; ``None``: its rows are left out."""
 
+    @property
+    def hands_over(self) -> bool:
+        """Whether to hand out a batch that is not full, if there is nothing more at the moment."""
+
 
 class _NoSubstitute:
+    hands_over = False
+
     def substitute(self, chunk: ChunkId) -> ChunkId | None:
         return None
 
@@ -113,6 +120,8 @@ class DrawSource:
     Each comes as a whole, so each transition has the same share in the batches, however long its chunk is.
     """
 
+    hands_over = False
+
     def __init__(self, log: LogReader, rng: np.random.Generator) -> None:
         self._log = log
         self._rng = rng
@@ -155,6 +164,7 @@ class _Batch:
         self.filled = 0
         self.pending = 0
         self.holes: list[slice] = []
+        self.chunks: list[ChunkId] = []  # whose last row is here
 
     def finish(self) -> Arrays:
         """The rows that came."""
@@ -226,6 +236,7 @@ class Batches:
         self._size = batch
         self._drop_last = drop_last
         self._progress = progress
+        self._handed_out: list[ChunkId] = []  # and not acknowledged
         self._read = 0  # the highest entry of the log of which all has arrived; for follow(), all before it, too
         self._pipeline: Pipeline[list[_Wanted]] = Pipeline(client)
         self._arrived: deque[tuple[_Wanted, NDArray[np.uint8] | None]] = deque()  # have to be placed yet
@@ -243,6 +254,13 @@ class Batches:
     def log(self) -> LogReader:
         """What is known of the run, for a reader that goes on where this one ended."""
         return self._log
+
+    async def acknowledge(self) -> None:
+        """Of a group's reader (:meth:`Replay.consume`): the batches so far were processed, nobody gets their chunks again."""
+        if not isinstance(self._source, GroupSource):
+            raise UsageError("acknowledge() is for the batches of consume()")
+        await self._source.acknowledge(self._handed_out)
+        self._handed_out = []
 
     def __aiter__(self) -> Batches:
         return self
@@ -278,16 +296,20 @@ class Batches:
             elif self._progress is not None and not self._progress.said(self._log.entry):
                 # All that is known has arrived; there may be nothing more until the actors go on.
                 await self._progress.note(self._log.entry, now=True)
-            elif not await self._source.more():
+            else:
+                more = await self._source.more()
                 self.stats.duplicates, self.stats.gaps = self._log.duplicates, self._log.gaps
-                if not self._batches or self._drop_last:
+                if not more and (self._drop_last or not self._batches):
                     raise StopAsyncIteration
-                arrays = self._finish()
-                if arrays is not None:
-                    return arrays
+                if self._batches and (self._source.hands_over or not more):
+                    arrays = self._finish()
+                    if arrays is not None:
+                        return arrays
 
     def _finish(self) -> Arrays | None:
-        arrays = self._batches.popleft().finish()
+        batch = self._batches.popleft()
+        self._handed_out += batch.chunks
+        arrays = batch.finish()
         rows = len(next(iter(arrays.values())))
         self.stats.transitions += rows
         self.stats.duplicates = self._log.duplicates
@@ -326,6 +348,8 @@ class Batches:
             batch.filled += count
             batch.pending += 1
             row += count
+        if wanted.places:
+            wanted.places[-1].batch.chunks.append(chunk)
         return wanted
 
     def _ask(self, group: list[_Wanted]) -> None:

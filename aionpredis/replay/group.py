@@ -1,0 +1,133 @@
+"""Learners that share a run by acknowledging what they have processed: a consumer group of the server's on the log.
+
+**At least once**: what a learner had and did not acknowledge is given to another one. A learner that was only slow then has
+it, too. For exactly once, without that, share by ``shard=``.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from typing import TYPE_CHECKING, Any
+
+import anyio
+
+from aionpredis import streams
+from aionpredis.errors import ServerError, UsageError
+from aionpredis.replay.log import FIELD, ChunkId, LogReader, Names, unpack
+from aionpredis.wire.connection import Connection
+
+if TYPE_CHECKING:
+    from aionpredis.client import Client
+
+__all__ = ["GroupSource"]
+
+COUNT = 64
+"""Chunks that one learner takes at once: what it holds is not for the others until it is reclaimed."""
+
+
+class GroupSource:
+    """Chunks of a run that the group gives to this learner, and those of learners that do not acknowledge any more.
+
+    ``reclaim``: seconds after which a chunk that was not acknowledged is given to another learner.
+    """
+
+    def __init__(self, client: Client, names: Names, log: LogReader, group: str, *, reclaim: float) -> None:
+        if not 0 < reclaim < 1e9:
+            raise UsageError(f"reclaim is a positive number of seconds, not {reclaim!r}")
+        self._client = client
+        self._names = names
+        self._log = log
+        self._group = f"{group}:{log.run}"
+        self._consumer = os.urandom(8).hex()
+        self._idle_ms = round(reclaim * 1000)
+        self._pause = min(1.0, client.block_seconds, reclaim / 4)
+        self._chunks: deque[ChunkId] = deque()
+        self._made = False
+
+    def take(self) -> ChunkId | None:
+        return self._chunks.popleft() if self._chunks else None
+
+    def substitute(self, chunk: ChunkId) -> ChunkId | None:
+        return None
+
+    @property
+    def hands_over(self) -> bool:
+        """Whether a batch that is not full is handed out rather than held: its chunks would go to another learner."""
+        return not self._chunks
+
+    async def more(self) -> bool:
+        if not self._made:
+            await self._make()
+        ended = await self._has_ended()  # before looking, so that nothing is added behind the last look
+        try:
+            await self._add(await self._claim())
+            if not self._chunks:
+                await self._add(await self._read(wait=not ended))
+            if not self._chunks and ended:
+                if not await self._pending():
+                    return False
+                await anyio.sleep(self._pause)  # another learner holds them: they are acknowledged, or reclaimed
+        except ServerError as error:
+            if "NOGROUP" in str(error):  # the run is over, and the group of the next one was made
+                return False
+            raise
+        return True
+
+    async def acknowledge(self, chunks: list[ChunkId]) -> None:
+        """They were processed; nobody gets them again."""
+        if chunks:
+            ids = [f"{self._log.run}-{chunk.entry}" for chunk in chunks]
+            await self._client.call("XACK", self._names.log, self._group, *ids, repeatable=True)
+
+    async def _make(self) -> None:
+        """The group, if it is not there yet; those of older runs are deleted."""
+        name, _, _ = self._group.rpartition(":")
+        for facts in await self._client.call("XINFO", "GROUPS", self._names.log, repeatable=True):
+            other = dict(zip(facts[::2], facts[1::2], strict=True))[b"name"].decode("utf-8", "replace")
+            prefix, _, run = other.rpartition(":")
+            if prefix == name and run.isdigit() and int(run) < self._log.run:
+                await self._client.call("XGROUP", "DESTROY", self._names.log, other, repeatable=True)
+        try:
+            await self._client.call(
+                "XGROUP", "CREATE", self._names.log, self._group, f"{self._log.run}-0", repeatable=True
+            )
+        except ServerError as error:
+            if "BUSYGROUP" not in str(error):
+                raise
+        self._made = True
+
+    async def _has_ended(self) -> bool:
+        last = await streams.last_generated(self._client, self._names.log)
+        return last is None or last[0] > self._log.run
+
+    async def _claim(self) -> list[Any]:
+        command = "XAUTOCLAIM", self._names.log, self._group, self._consumer, self._idle_ms, "0-0", "COUNT", COUNT
+        claimed: list[Any] = (await self._client.call(*command, repeatable=True))[1]
+        return claimed
+
+    async def _read(self, *, wait: bool) -> list[Any]:
+        block = ("BLOCK", max(1, int(self._pause * 1000))) if wait else ()
+
+        async def read(connection: Connection) -> Any:
+            command = "XREADGROUP", "GROUP", self._group, self._consumer, "COUNT", COUNT, *block
+            return (await streams.ask(connection, (*command, "STREAMS", self._names.log, ">")))[0]
+
+        # Repeated after a broken connection: what the lost reply held is reclaimed later.
+        found = await streams.alone(self._client, read)
+        entries: list[Any] = [] if found is None else found[0][1]
+        return entries
+
+    async def _pending(self) -> int:
+        return int((await self._client.call("XPENDING", self._names.log, self._group, repeatable=True))[0])
+
+    async def _add(self, entries: list[Any]) -> None:
+        others: list[bytes] = []
+        for raw_id, fields in entries:
+            left, _, right = raw_id.partition(b"-")
+            if int(left) == self._log.run and fields and fields[0] == FIELD:
+                self._chunks.append(unpack(fields[1], int(right)))
+            else:
+                others.append(raw_id)  # of the next run, which has a group of its own
+        if others:
+            await self._client.call("XACK", self._names.log, self._group, *others, repeatable=True)

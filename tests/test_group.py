@@ -1,0 +1,128 @@
+"""Consumer groups: at least once, acknowledged, reclaimed."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import anyio
+import pytest
+import redis
+
+import aionpredis
+from aionpredis import Batches, Client, Replay, UsageError
+
+from .replays import fill, kill_connections, replay_of
+
+pytestmark = pytest.mark.anyio
+
+
+async def appended(replay: Replay, numbers: range) -> None:
+    async with replay.actor() as actor:
+        await actor.join()
+        await fill(actor, numbers)
+
+
+async def consume(batches: Batches, seen: list[int], *, acknowledge: bool = True) -> None:
+    async for batch in batches:
+        assert (batch["state"] == (batch["uid"] % 256)[:, None]).all()
+        seen += batch["uid"].tolist()
+        if acknowledge:
+            await batches.acknowledge()
+
+
+async def prepared(client: Client, count: int = 200) -> Replay:
+    replay = replay_of(client)
+    await replay.begin_run()
+    await appended(replay, range(count))
+    return replay
+
+
+async def test_readers_of_a_group_share_a_run_that_grows_and_ends(url: str) -> None:
+    async with aionpredis.connect(url) as client:
+        replay = await prepared(client)
+        run = await replay.latest_run()
+        seen: list[list[int]] = [[], [], []]
+        async with anyio.create_task_group() as tasks:
+            for mine in seen:
+                tasks.start_soon(consume, await replay.consume(run, group="g", batch=6), mine)
+            await appended(replay, range(200, 1000))
+            await replay.begin_run(keep=2)
+        assert Counter(uid for mine in seen for uid in mine) == Counter(range(1000))
+
+
+async def test_groups_do_not_disturb_each_other(url: str) -> None:
+    async with aionpredis.connect(url) as client:
+        replay = await prepared(client)
+        run = await replay.latest_run()
+        await replay.begin_run(keep=2)
+        for group in ("a", "b"):
+            seen: list[int] = []
+            await consume(await replay.consume(run, group=group), seen)
+            assert sorted(seen) == list(range(200))
+
+
+async def test_what_a_reader_did_not_acknowledge_goes_to_another(url: str) -> None:
+    async with aionpredis.connect(url) as client:
+        replay = await prepared(client)
+        run = await replay.latest_run()
+        dead = await replay.consume(run, group="g", batch=8, reclaim=0.3)
+        lost = (await anext(dead))["uid"].tolist()
+        await dead.acknowledge()
+        lost_and_unacknowledged = (await anext(dead))["uid"].tolist()
+        await replay.begin_run(keep=2)
+        seen: list[int] = []
+        await consume(await replay.consume(run, group="g", batch=8, reclaim=0.3), seen)
+        assert set(seen) >= set(lost_and_unacknowledged)
+        assert not set(seen) & set(lost)
+        assert sorted(seen + lost) == list(range(200))
+
+
+async def test_a_batch_that_is_not_full_is_not_held_back(url: str) -> None:
+    async with aionpredis.connect(url) as client:
+        replay = await prepared(client, 10)
+        batches = await replay.consume(group="g", batch=256, reclaim=0.4)
+        with anyio.fail_after(5):
+            batch = await anext(batches)
+        assert sorted(batch["uid"].tolist()) == list(range(10))
+        await batches.acknowledge()
+
+
+async def test_a_broken_connection_loses_nothing(url: str, stock: redis.Redis) -> None:
+    async with aionpredis.connect(url) as client:
+        replay = await prepared(client)
+        run = await replay.latest_run()
+        seen: list[int] = []
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(consume, await replay.consume(run, group="g", batch=4, reclaim=0.2), seen)
+            for start in range(200, 600, 40):
+                await appended(replay, range(start, start + 40))
+                kill_connections(stock)
+            await replay.begin_run(keep=2)
+        assert set(seen) == set(range(600))
+
+
+async def test_groups_of_older_runs_are_deleted_and_end_their_readers(url: str, stock: redis.Redis) -> None:
+    async with aionpredis.connect(url) as client:
+        replay = await prepared(client)
+        first = await replay.latest_run()
+        old = await replay.consume(first, group="g", batch=8)
+        await anext(old)
+        second = await replay.begin_run(keep=2)
+        await appended(replay, range(1000, 1010))
+        await replay.begin_run(keep=3)
+        seen: list[int] = []
+        await consume(await replay.consume(second, group="g"), seen)
+        assert sorted(seen) == list(range(1000, 1010))
+        assert [group["name"] for group in stock.xinfo_groups("{r}:log")] == [f"g:{second.run}".encode()]
+        await consume(old, seen, acknowledge=False)  # ends
+
+
+async def test_wrong_use_is_a_usage_error(url: str) -> None:
+    async with aionpredis.connect(url) as client:
+        replay = await prepared(client, 4)
+        with pytest.raises(UsageError, match="consume"):
+            await (await replay.epoch()).acknowledge()
+        with pytest.raises(UsageError, match="reclaim"):
+            await replay.consume(group="g", reclaim=0)
+        with pytest.raises(UsageError, match="name"):
+            await replay.consume(group="a:b")
