@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator, Awaitable, Iterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 import anyio
 import numpy as np
@@ -19,6 +21,7 @@ import aionpredis
 from aionpredis import Actor, Client, ReplayGone, RunEnded, Schema, SchemaMismatch, Server, ServerError, UsageError
 from aionpredis.replay.actor import MAX_BUFFERS
 
+from .proxy import Proxy
 from .replays import (
     LEASE,
     data_keys,
@@ -323,6 +326,44 @@ async def test_lease_is_begun_again_before_xadd_if_half_of_it_is_over(url: str, 
             assert calls["cmdstat_xadd"]["calls"] == 1
 
 
+class LateProxy(Proxy):
+    """Holds what comes from the connections in ``held``."""
+
+    held: frozenset[object] = frozenset()
+
+    def _chunks(self, source: socket.socket) -> Iterator[bytes]:
+        for data in super()._chunks(source):
+            while source in self.held:
+                time.sleep(0.002)
+            yield data
+
+
+async def test_a_renewal_that_arrives_late_does_not_let_acknowledged_data_expire(
+    url: str, stock: redis.Redis, tmp_path: Path
+) -> None:
+    """After more than half of the lease, over a connection that is given up; the chunk is committed over another one."""
+    with LateProxy(url, tmp_path) as proxy:
+        async with aionpredis.connect(proxy.url) as client, aionpredis.connect(url) as other:
+            await replay_of(other).begin_run()
+            async with replay_of(client, lease=0.4).actor() as actor:
+                await actor.join()
+                await fill(actor, range(4))
+                await actor.flush()
+                await fill(actor, range(4, 8))
+                time.sleep(0.25)  # noqa: ASYNC251  # this host stands still
+                proxy.held = frozenset(proxy._open)
+                await anyio.sleep(0.01)
+                connection = client.live_connection
+                assert connection is not None
+                connection.abort(aionpredis.ConnectionLost("no answer"))
+                await actor.flush()
+                assert actor.stats.acknowledged == 8
+                proxy.held = frozenset()
+                await anyio.sleep(0.5)
+                assert {stock.pttl(key) for key in data_keys(stock)} == {-1}
+                assert sorted(await uids(await replay_of(other).epoch())) == list(range(8))
+
+
 async def test_commands_have_the_options_that_the_rules_need(url: str, stock: redis.Redis) -> None:
     async with aionpredis.connect(url) as client, joined(client, lease=0.4) as actor:
         stock.rename("{r}:log", "hidden")
@@ -345,6 +386,7 @@ async def test_commands_have_the_options_that_the_rules_need(url: str, stock: re
         ]
         assert all(" NX " in c and " PX " in c for c in commands if c.startswith("SET r:"))
         assert all(" NOMKSTREAM " in c for c in commands if c.startswith("XADD"))
+        assert all(c.endswith(" XX") for c in commands if c.startswith("PEXPIRE"))
         assert sorted(await uids(await replay_of(client).epoch())) == list(range(100, 104))
 
 

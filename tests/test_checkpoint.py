@@ -22,8 +22,7 @@ from safetensors.numpy import load_file
 import aionpredis
 from aionpredis import Client, CorruptValue, Replay, ReplayGone, Run, RunEnded, Schema, SchemaMismatch, UsageError
 from aionpredis.errors import ServerFull
-from aionpredis.replay import checkpoint
-from aionpredis.replay.checkpoint import load_extra
+from aionpredis.replay.checkpoint import files, load_extra, restoring, saving
 from aionpredis.replay.log import LogReader
 
 from .replays import LEASE, SCHEMA, data_keys, fill, kept_keys, kill_connections, replay_of, uids, unnamed_without_ttl
@@ -85,7 +84,7 @@ async def test_restored_run_has_the_same_chunks_in_the_same_order(
     flush_every: int,
     bundle: int,
 ) -> None:
-    monkeypatch.setattr(checkpoint, "BUNDLE_BYTES", bundle)
+    monkeypatch.setattr(saving, "BUNDLE_BYTES", bundle)
     async with aionpredis.connect(url) as client:
         old = await filled(client, count, chunk=chunk, flush_every=flush_every)
         before = chunks_of(stock, old.run)
@@ -324,7 +323,7 @@ async def test_existing_folder_is_never_touched(url: str, tmp_path: Path, monkey
 async def test_cancelled_or_failed_save_leaves_nothing(
     url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(checkpoint, "BUNDLE_BYTES", 500)
+    monkeypatch.setattr(saving, "BUNDLE_BYTES", 500)
 
     class Stop(Exception):
         pass
@@ -355,15 +354,15 @@ async def test_cancelled_or_failed_save_leaves_nothing(
 
 @anyio_test
 async def test_full_disk_is_an_error_as_it_is(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoint, "BUNDLE_BYTES", 500)
-    write = checkpoint._write
+    monkeypatch.setattr(saving, "BUNDLE_BYTES", 500)
+    write = files._write
 
     def full(path: Path, parts: Any) -> int:
         if path.name == "transitions-00003.safetensors":
             raise OSError(28, "No space left on device")
         return write(path, parts)
 
-    monkeypatch.setattr(checkpoint, "_write", full)
+    monkeypatch.setattr(files, "_write", full)
     async with aionpredis.connect(url) as client:
         await filled(client, 200)
         with pytest.raises(OSError, match="No space left"):
@@ -378,7 +377,7 @@ async def test_at_most_two_bundles_are_in_memory_and_the_loop_goes_on(
     alive: weakref.WeakSet[Any] = weakref.WeakSet()
     most = 0
 
-    class Counted(checkpoint._Bundle):
+    class Counted(saving._Bundle):
         def __init__(self, schema: Schema, rows: int) -> None:
             nonlocal most
             super().__init__(schema, rows)
@@ -389,8 +388,8 @@ async def test_at_most_two_bundles_are_in_memory_and_the_loop_goes_on(
             time.sleep(0.1)
             return super().write(path)
 
-    monkeypatch.setattr(checkpoint, "BUNDLE_BYTES", 1500)
-    monkeypatch.setattr(checkpoint, "_Bundle", Counted)
+    monkeypatch.setattr(saving, "BUNDLE_BYTES", 1500)
+    monkeypatch.setattr(saving, "_Bundle", Counted)
     ticks = 0
 
     async def tick() -> None:
@@ -416,7 +415,7 @@ async def test_at_most_two_bundles_are_in_memory_and_the_loop_goes_on(
 async def test_progress_never_falls_and_ends_at_the_total(
     url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bundle: int
 ) -> None:
-    monkeypatch.setattr(checkpoint, "BUNDLE_BYTES", bundle)
+    monkeypatch.setattr(saving, "BUNDLE_BYTES", bundle)
     async with aionpredis.connect(url) as client:
         await filled(client, 301, flush_every=11)
         replay = replay_of(client)
@@ -436,7 +435,7 @@ async def test_progress_never_falls_and_ends_at_the_total(
 async def test_cancelled_restore_leaves_no_unnamed_key_after_one_lease(
     url: str, stock: redis.Redis, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(checkpoint, "BUNDLE_BYTES", 2000)
+    monkeypatch.setattr(saving, "BUNDLE_BYTES", 2000)
     async with aionpredis.connect(url) as client:
         await filled(client, 2000)
         replay = replay_of(client, name="other")
@@ -456,7 +455,7 @@ async def test_cancelled_restore_leaves_no_unnamed_key_after_one_lease(
             }
             there = data_keys(stock, "other")
             assert there <= named
-            assert len(named - there) <= checkpoint.MAX_TRAVELLING  # named, and cancelled before PERSIST
+            assert len(named - there) <= restoring.MAX_TRAVELLING  # named, and cancelled before PERSIST
             assert there == kept_keys(stock, "other")
 
 
@@ -464,7 +463,7 @@ async def test_cancelled_restore_leaves_no_unnamed_key_after_one_lease(
 async def test_broken_connections_lose_and_double_nothing(
     url: str, stock: redis.Redis, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(checkpoint, "BUNDLE_BYTES", 5000)
+    monkeypatch.setattr(saving, "BUNDLE_BYTES", 5000)
     async with aionpredis.connect(url) as client:
         old = await filled(client, 1000)
         calls = 0
@@ -628,7 +627,7 @@ async def test_damaged_folder_is_a_clear_error_before_anything_is_written(
     error: type[Exception],
     says: str,
 ) -> None:
-    monkeypatch.setattr(checkpoint, "BUNDLE_BYTES", 800)
+    monkeypatch.setattr(saving, "BUNDLE_BYTES", 800)
     async with aionpredis.connect(url) as client:
         await filled(client, 50)
         await replay_of(client).save(tmp_path / "saved")

@@ -41,6 +41,10 @@ MAX_SURPLUS = 16
 many actors one does, and if it dies the next one. It costs three round trips."""
 
 
+PERSISTENT, ABSENT = -1, -2
+"""What ``PTTL`` says of a key without a time to live, and of none."""
+
+
 class _Step(enum.Enum):
     """The command that a chunk's commit has to send next."""
 
@@ -48,7 +52,7 @@ class _Step(enum.Enum):
     RENEW = "PEXPIRE"
     LOG = "XADD"
     KEEP = "PERSIST"
-    CHECK = "EXISTS"
+    CHECK = "PTTL"
     FIND = "XREVRANGE"
     DROP = "UNLINK"
 
@@ -66,7 +70,7 @@ class _Commit:
         self.packed = pack(chunk)
         self.value = buffer.value(chunk.rows)
         self.leased = 0.0  # when the lease was last begun anew
-        self.repeated = False  # it was there already, so it may be in the log, too
+        self.repeated = False  # it may be in the log already
         self.searched = f"{run}-{streams.RIGHT_MAX}"  # the log was searched for it down to this entry
         self.step = _Step.SET
 
@@ -198,6 +202,7 @@ class Committer:
         self._backlog[:0] = [commit for one in self._rounds for commit in one.commits]
         self._rounds.clear()
         for commit in self._backlog:
+            commit.repeated |= commit.step is not _Step.SET
             commit.step = _Step.SET
 
     def _fail(self, error: AionpredisError) -> None:
@@ -250,7 +255,8 @@ class Committer:
             case _Step.LOG | _Step.RENEW:  # else the key could be gone between XADD and PERSIST
                 commit.step = _Step.RENEW
                 commit.leased = time.monotonic()
-                return resp.encode_bytes([b"PEXPIRE", key, self._lease_ms])
+                # XX: if this is delayed until after the PERSIST of another connection, it must not begin a lease again.
+                return resp.encode_bytes([b"PEXPIRE", key, self._lease_ms, b"XX"])
             case _Step.FIND:
                 return resp.encode("XREVRANGE", self._log, commit.searched, f"{commit.run}-1", "COUNT", streams.PAGE)
             case _Step.KEEP:
@@ -283,10 +289,10 @@ class Committer:
         """Take the reply to the commit's command; queue its next one, or settle it."""
         match commit.step:
             case _Step.SET:
-                commit.repeated = value is None
-                self._queue(commit, _Step.RENEW if commit.repeated else _Step.LOG)
+                commit.repeated |= value is None
+                self._queue(commit, _Step.RENEW if value is None else _Step.LOG)
             case _Step.RENEW:
-                self._queue(commit, _Step.LOG if value else _Step.SET)
+                self._queue(commit, _Step.LOG if value else _Step.CHECK)
             case _Step.LOG if value is None:
                 self.gone = True
                 self._queue(commit, _Step.DROP)
@@ -295,13 +301,16 @@ class Committer:
                 self.newest = commit.run, entry
                 if self._capacity and entry > self._capacity and entry % self._evict_every == 0:
                     self._evict = commit.run, entry - self._capacity
+                commit.repeated = True
                 self._queue(commit, _Step.KEEP)
-            case _Step.KEEP | _Step.CHECK if value:
+            case _Step.KEEP if value:
                 self._settle(commit, committed=True)
             case _Step.KEEP:  # it had no time to live, or does not exist
                 self._queue(commit, _Step.CHECK)
-            case _Step.CHECK:  # the lease ran out before PERSIST
-                self._queue(commit, _Step.SET)
+            case _Step.CHECK if value == PERSISTENT:  # by an earlier PERSIST, so it is in the log
+                self._settle(commit, committed=True)
+            case _Step.CHECK:  # the lease ran out; or a SET that was delayed has begun another one
+                self._queue(commit, _Step.SET if value == ABSENT else _Step.RENEW)
             case _Step.FIND if any(fields == [FIELD, commit.packed] for _, fields in value):
                 self._queue(commit, _Step.KEEP)  # the run ended after that; its data may still be wanted
             case _Step.FIND if len(value) == streams.PAGE:

@@ -34,8 +34,9 @@ __all__ = ["Arrays", "Fetcher"]
 Arrays = dict[str, NDArray[Any]]
 _Memory = dict[str, NDArray[np.uint8]]
 
-SMALL = 2048
-"""Bytes of a column in one chunk up to which all of it is fetched: another command costs as much as ~10 kB."""
+SMALL_ROW, SMALL = 256, 32 * 1024
+"""Bytes of a column, for one transition and in one chunk, up to which all of it is fetched and kept: another command costs as
+much as ~10 kB, and what is kept costs nothing the next time."""
 
 KEPT_BYTES = 64 << 20
 """Bytes of small columns that a learner keeps, for each length of chunks. 1 M transitions of 80x80 states with an action, a
@@ -107,7 +108,7 @@ def _plan(schema: Schema, rows: int, wanted: Sequence[str]) -> _Plan:
     for name in layout.order:
         column = layout.columns[name]
         size = column.stop - column.start
-        if size > SMALL:
+        if size > SMALL or size > rows * SMALL_ROW:
             if name in wanted:
                 large.append((name, start + column.start, size // rows))
             order.append(name)

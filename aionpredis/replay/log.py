@@ -20,9 +20,12 @@ from aionpredis.wire import resp
 from aionpredis.wire.resp import Reply
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from aionpredis.client import Client
 
-__all__ = ["Begin", "ChunkId", "LogReader", "Names", "pack"]
+__all__ = ["Begin", "ChunkId", "LogReader", "Names", "look_again", "pack"]
 
 _ENTRY = struct.Struct("<8sII")
 FIELD = b"c"
@@ -218,3 +221,15 @@ class LogReader:
     def gaps(self) -> int:
         """Chunks that were numbered and are not in the log (yet)."""
         return sum(seen.gaps for seen in self._seen.values())
+
+
+async def look_again(client: Client, names: Names, run: int, chunk: ChunkId) -> tuple[NDArray[np.uint8] | None, bool]:
+    """A chunk that GET did not find: its value, if it is there now, and whether it was evicted. Neither: it is missing.
+
+    Evicted is one whose log entry is gone, too. That is looked at twice: who deletes a chunk deletes its data first.
+    """
+    entry = f"{run}-{chunk.entry}"
+    if not await streams.page(client, names.log, entry, entry):
+        return None, True
+    value = await client.get_value(names.data(run, chunk))
+    return value, value is None and not await streams.page(client, names.log, entry, entry)

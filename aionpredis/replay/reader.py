@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from aionpredis import codecs, streams
+from aionpredis import codecs
 from aionpredis.errors import SchemaMismatch, ServerError, UsageError
 from aionpredis.formats import safetensors
 from aionpredis.formats.safetensors import Layout
@@ -21,7 +21,7 @@ from aionpredis.memory import Recycler
 from aionpredis.pipeline import Pipeline
 from aionpredis.replay.group import GroupSource
 from aionpredis.replay.lag import Progress
-from aionpredis.replay.log import ChunkId, LogReader, Names
+from aionpredis.replay.log import ChunkId, LogReader, Names, look_again
 from aionpredis.replay.schema import Schema
 from aionpredis.requests import SLICE, ValueReply
 from aionpredis.wire import resp
@@ -404,9 +404,9 @@ class Batches:
     async def _place(self, wanted: _Wanted, value: NDArray[np.uint8] | None) -> None:
         """Take a chunk that was not predicted: the first of its length, or one that is not there."""
         if value is None:
-            value = await self._look_again(wanted)
+            value, evicted = await look_again(self._client, self._names, self._log.run, wanted.chunk)
             if value is None:
-                wanted.lost = True
+                self._count_lost(wanted, evicted)
                 return
         record = codecs.open_record(value.data, max_bytes=resp.MAX_BULK, key=wanted.key)
         layout = self._schema.layout(wanted.chunk.rows)
@@ -427,23 +427,15 @@ class Batches:
                 self._layouts[wanted.chunk.rows] = found
                 self._patterns.clear()
 
-    async def _look_again(self, wanted: _Wanted) -> NDArray[np.uint8] | None:
-        """A chunk that GET did not find: evicted if its log entry is gone, too; else once more, then missing."""
-        entry = f"{self._log.run}-{wanted.chunk.entry}"
-        value = None
-        for last in (False, True):  # the entry is looked at again: who deletes a chunk deletes its data first
-            if not await streams.page(self._client, self._names.log, entry, entry):
-                self.stats.evicted += 1
-                return None
-            if not last:
-                value = await self._client.get_value(wanted.key)
-                if value is not None:
-                    return value
-        self.stats.missing += 1
-        warnings.warn(
-            f"chunk {wanted.key!r} is in the log, but not on the server: it was lost, or an actor died while "
-            "committing it",
-            RuntimeWarning,
-            stacklevel=2,
-        )
-        return None
+    def _count_lost(self, wanted: _Wanted, evicted: bool) -> None:
+        if evicted:
+            self.stats.evicted += 1
+        else:
+            self.stats.missing += 1
+            warnings.warn(
+                f"chunk {wanted.key!r} is in the log, but not on the server: it was lost, or an actor died while "
+                "committing it",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        wanted.lost = True  # not if the warning is an error: then it is looked for again
