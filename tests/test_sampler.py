@@ -401,16 +401,14 @@ async def test_samples_per_insert_holds_the_learner_back(url: str) -> None:
     async with aionpredis.connect(url) as client:
         replay = await filled(client, 20)
         sampler = await replay.sampler(batch=10, samples_per_insert=2.0, tolerance=10.0)
-        with anyio.move_on_after(0.2) as scope:
-            while True:
+        for allowed in (50, 90):
+            while sampler.stats.sampled < allowed:
                 await sampler.sample()
-        assert scope.cancelled_caught
-        assert sampler.stats.sampled == 50
-        await write(replay, range(20, 40))
-        with anyio.move_on_after(0.2):
-            while True:
+            with anyio.move_on_after(0.1) as scope:
                 await sampler.sample()
-        assert sampler.stats.sampled == 90
+            assert scope.cancelled_caught
+            assert sampler.stats.sampled == allowed
+            await write(replay, range(20, 40))
 
 
 async def test_waiting_ends_with_the_run(url: str) -> None:
@@ -422,14 +420,17 @@ async def test_waiting_ends_with_the_run(url: str) -> None:
             await sampler.sample()
 
 
-async def test_a_cancelled_sample_writes_nothing_afterwards_and_the_next_is_right(url: str) -> None:
+async def test_a_cancelled_sample_writes_nothing_afterwards_and_the_next_is_right(url: str, stock: redis.Redis) -> None:
+    """Also when chunks vanish meanwhile, so that replies are not as predicted."""
     async with aionpredis.connect(url) as client:
-        replay = await filled(client, 200, schema=SCHEMA)
+        replay = await filled(client, 400, schema=SCHEMA)
         sampler = await replay.sampler(batch=128, seed=2)
-        for delay in (0.0, 0.0002, 0.0005, 0.001, 0.002) * 4:
+        for delay in (0.0, 0.0002, 0.0005, 0.001, 0.002) * 8:
+            stock.delete(*sorted(data_keys(stock))[:2])
             with anyio.move_on_after(delay):
                 await sampler.sample()
             check(await sampler.sample(), SCHEMA)
+        assert sampler.stats.lost > 100
 
 
 async def test_batches_that_are_kept_are_not_overwritten(url: str) -> None:

@@ -201,7 +201,10 @@ class _Job:
         key, target, length = run.key, run.target, run.length
         small, width = self._small[plan.rows]
         at = run.slot * width
-        if run.is_first and length == plan.rows and plan.all_wanted:
+        # What is kept is not received again: were this cancelled in the midst of replies that are not as predicted, other
+        # bytes could be left there.
+        is_new = run.is_first and not run.is_kept
+        if is_new and length == plan.rows and plan.all_wanted:
             places: list[memoryview] = []
             for part in plan.order:
                 if part.__class__ is int:
@@ -212,7 +215,7 @@ class _Job:
                     places.append(memory[target * size : (target + length) * size])
             return [_Part(b"*2\r\n$3\r\nGET\r\n$%d\r\n%b\r\n" % (len(key), key), plan.head, places)]
         parts: list[_Part] = []
-        if run.is_first and not run.is_kept:
+        if is_new:
             for start, stop in plan.blocks:
                 head = plan.head if not start else b""
                 size = stop - start - len(head)
