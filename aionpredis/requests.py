@@ -23,6 +23,7 @@ __all__ = [
     "ValueReply",
     "encode_array",
     "encode_record",
+    "get_command",
     "key_bytes",
     "nbytes",
     "ok_reply",
@@ -138,6 +139,11 @@ def _check_size(size: int, key: Key | None) -> None:
             f"{size:,} bytes: a server takes {MAX_VALUE:,} in one value (proto-max-bulk-len); store it in parts",
             key=key,
         )
+
+
+def get_command(key: bytes) -> bytes:
+    """``GET key``."""
+    return b"*2\r\n$3\r\nGET\r\n$%d\r\n%b\r\n" % (len(key), key)
 
 
 def set_command(key: bytes, value: Sequence[Buffer], options: bytes = b"") -> list[Buffer]:

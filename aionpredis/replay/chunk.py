@@ -8,12 +8,15 @@ from typing import Any, Protocol, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from aionpredis.errors import EncodeError
+from aionpredis import codecs
+from aionpredis.errors import EncodeError, SchemaMismatch
 from aionpredis.memory import aligned_empty
+from aionpredis.replay.log import ChunkId, Names
 from aionpredis.replay.schema import Schema
+from aionpredis.wire import resp
 from aionpredis.wire.resp import Buffer
 
-__all__ = ["ChunkBuffer", "Rows", "make_rows"]
+__all__ = ["ChunkBuffer", "Rows", "make_rows", "open_chunk"]
 
 
 class ChunkBuffer:
@@ -52,6 +55,23 @@ class ChunkBuffer:
                 columns = [self.columns[name][:rows] for name in self.schema.episode_ends]
                 return np.packbits(np.logical_or.reduce(columns), bitorder="little").tobytes()
         return b""
+
+
+def open_chunk(
+    value: NDArray[np.uint8], schema: Schema, names: Names, run: int, chunk: ChunkId
+) -> dict[str, NDArray[Any]]:
+    """The columns of a chunk as it is stored: views on ``value``, ``(rows, *shape)``, unless that was compressed.
+
+    Raises:
+        SchemaMismatch: it has other columns, or another number of rows.
+        NotAnArray, WrongKind, CorruptValue: the stored value is something else.
+    """
+    key = names.data(run, chunk)
+    record = codecs.open_record(value.data, max_bytes=resp.MAX_BULK, key=key)
+    found = {name: (array.dtype, array.shape) for name, array in record.items()}
+    if found != {name: (dtype, (chunk.rows, *shape)) for name, (dtype, shape) in schema.items()}:
+        raise SchemaMismatch(f"chunk {key!r} has other columns than {schema!r}", replay=names.name, run=run)
+    return record
 
 
 class Rows(Protocol):

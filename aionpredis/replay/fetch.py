@@ -16,14 +16,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from aionpredis import codecs
-from aionpredis.errors import SchemaMismatch, ServerError
+from aionpredis.errors import ServerError
 from aionpredis.pipeline import Pipeline
+from aionpredis.replay.chunk import open_chunk
 from aionpredis.replay.index import Ids, Index
 from aionpredis.replay.log import ChunkId, Names
 from aionpredis.replay.schema import Schema
-from aionpredis.requests import SLICE, ValueReply
-from aionpredis.wire import resp
+from aionpredis.requests import SLICE, ValueReply, get_command
 from aionpredis.wire.resp import Buffer, Pattern, Template
 
 if TYPE_CHECKING:
@@ -213,7 +212,7 @@ class _Job:
                 else:
                     memory, size = self._rows[part]
                     places.append(memory[target * size : (target + length) * size])
-            return [_Part(b"*2\r\n$3\r\nGET\r\n$%d\r\n%b\r\n" % (len(key), key), plan.head, places)]
+            return [_Part(get_command(key), plan.head, places)]
         parts: list[_Part] = []
         if is_new:
             for start, stop in plan.blocks:
@@ -358,17 +357,9 @@ class Fetcher:
         if value is None:
             found[chosen] = False
             return
-        record = codecs.open_record(value.data, max_bytes=resp.MAX_BULK, key=key)
-        for name, (dtype, shape) in self._schema.items():
-            array = record.get(name)
-            if array is None or array.dtype != dtype or array.shape != (chunk.rows, *shape):
-                raise SchemaMismatch(
-                    f"chunk {key!r} has another column {name!r} than {self._schema!r}",
-                    replay=self._names.name,
-                    run=self._run,
-                )
-            if name in out:
-                out[name][chosen] = array[rows[chosen]]
+        record = open_chunk(value, self._schema, self._names, self._run, chunk)
+        for name, array in out.items():
+            array[chosen] = record[name][rows[chosen]]
 
 
 def _pattern(parts: list[_Part]) -> Pattern:

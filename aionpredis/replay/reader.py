@@ -14,17 +14,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from aionpredis import codecs
-from aionpredis.errors import SchemaMismatch, ServerError, UsageError
+from aionpredis.errors import ServerError, UsageError
 from aionpredis.formats import safetensors
 from aionpredis.formats.safetensors import Layout
 from aionpredis.memory import Recycler
 from aionpredis.pipeline import Pipeline
+from aionpredis.replay.chunk import open_chunk
 from aionpredis.replay.group import GroupSource
 from aionpredis.replay.lag import Progress
 from aionpredis.replay.log import ChunkId, LogReader, Names, look_again
 from aionpredis.replay.schema import Schema
-from aionpredis.requests import SLICE, ValueReply
-from aionpredis.wire import resp
+from aionpredis.requests import SLICE, ValueReply, get_command
 from aionpredis.wire.resp import Buffer, Pattern, Template
 
 if TYPE_CHECKING:
@@ -357,7 +357,7 @@ class Batches:
         self._pipeline.put(lambda: self._request(group), size, group)
 
     def _request(self, group: list[_Wanted]) -> tuple[Sequence[Buffer], ValueReply]:
-        command = b"".join([b"*2\r\n$3\r\nGET\r\n$%d\r\n%b\r\n" % (len(wanted.key), wanted.key) for wanted in group])
+        command = b"".join([get_command(wanted.key) for wanted in group])
         kinds = tuple([(wanted.chunk.rows, *[place.stop for place in wanted.places]) for wanted in group])
         pattern = self._patterns.get(kinds)
         if pattern is None:
@@ -408,16 +408,7 @@ class Batches:
             if value is None:
                 self._count_lost(wanted, evicted)
                 return
-        record = codecs.open_record(value.data, max_bytes=resp.MAX_BULK, key=wanted.key)
-        layout = self._schema.layout(wanted.chunk.rows)
-        if {name: (array.dtype, array.shape) for name, array in record.items()} != {
-            name: (column.dtype, column.shape) for name, column in layout.columns.items()
-        }:
-            raise SchemaMismatch(
-                f"chunk {wanted.key!r} has other columns than {self._schema!r}",
-                replay=self._names.name,
-                run=self._log.run,
-            )
+        record = open_chunk(value, self._schema, self._names, self._log.run, wanted.chunk)
         for batch, first, start, stop in wanted.places:
             for name, array in record.items():
                 batch.arrays[name][first : first + stop - start] = array[start:stop]

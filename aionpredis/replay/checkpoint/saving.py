@@ -22,9 +22,10 @@ from aionpredis.replay import runs
 from aionpredis.replay.checkpoint import files
 from aionpredis.replay.checkpoint.files import Arrays, Extra
 from aionpredis.replay.checkpoint.transfer import Progress, silent, transfer
+from aionpredis.replay.chunk import open_chunk
 from aionpredis.replay.log import Begin, ChunkId, LogReader, Names, look_again, parse_begin
 from aionpredis.replay.schema import Schema
-from aionpredis.requests import IN_THREAD, SLICE, ValueReply
+from aionpredis.requests import IN_THREAD, SLICE, ValueReply, get_command
 from aionpredis.wire import resp
 from aionpredis.wire.resp import Buffer, Reply
 
@@ -181,19 +182,9 @@ class _Saving:
 
     async def _open(self, chunk: ChunkId, value: NDArray[np.uint8]) -> Arrays:
         """The chunk's columns, views on ``value`` unless that was compressed."""
-        key = self._names.data(self._run, chunk)
-        decode = partial(codecs.open_record, value.data, max_bytes=resp.MAX_BULK, key=key)
+        decode = partial(open_chunk, value, self._schema, self._names, self._run, chunk)
         in_thread = len(value) >= IN_THREAD and codecs.compressed(value.data)
-        record = await anyio.to_thread.run_sync(decode) if in_thread else decode()
-        for name, (dtype, shape) in self._schema.items():
-            array = record.get(name)
-            if array is None or array.dtype != dtype or array.shape != (chunk.rows, *shape):
-                raise SchemaMismatch(
-                    f"chunk {key!r} has another column {name!r} than {self._schema!r}",
-                    replay=self._names.name,
-                    run=self._run,
-                )
-        return record
+        return await anyio.to_thread.run_sync(decode) if in_thread else decode()
 
     async def _look_again(self, chunk: ChunkId) -> NDArray[np.uint8] | None:
         """A chunk that GET did not find; ``None``, and counted, if it stays so."""
@@ -223,8 +214,7 @@ def _groups(chunks: list[ChunkId], row_nbytes: int) -> Iterator[list[ChunkId]]:
 
 
 def _gets(keys: list[bytes]) -> tuple[Sequence[Buffer], Reply]:
-    commands = [b"*2\r\n$3\r\nGET\r\n$%d\r\n%b\r\n" % (len(key), key) for key in keys]
-    return [b"".join(commands)], ValueReply(len(keys))
+    return [b"".join(map(get_command, keys))], ValueReply(len(keys))
 
 
 async def save(
