@@ -30,6 +30,7 @@ from aionpredis import (
     Shuffled,
     Uniform,
     UsageError,
+    streams,
 )
 from aionpredis.replay.selection import Selection
 
@@ -431,6 +432,19 @@ async def test_a_cancelled_sample_writes_nothing_afterwards_and_the_next_is_righ
                 await sampler.sample()
             check(await sampler.sample(), SCHEMA)
         assert sampler.stats.lost > 100
+
+
+async def test_a_cancelled_refresh_forgets_nothing(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The log is read in pages; what the first ones named is kept for the next call."""
+    monkeypatch.setattr(streams, "PAGE", 2)
+    async with aionpredis.connect(url) as client:
+        replay = await filled(client, 160)
+        for delay in (0.0005, 0.001, 0.002, 0.004):
+            sampler = await replay.sampler()
+            with anyio.move_on_after(delay):
+                await sampler.refresh()
+            await sampler.refresh()
+            assert len(sampler) == 160
 
 
 async def test_batches_that_are_kept_are_not_overwritten(url: str) -> None:

@@ -116,6 +116,7 @@ class Sampler:
         self._tolerance = tolerance
         self._rng = np.random.default_rng(seed)
         self._index = Index()
+        self._found: list[ChunkId] = []  # by a reading of the log that was cancelled between its pages
         self._times: dict[int, int] = {}
         self._fetcher = Fetcher(client, names, schema, log.run, self._index)
         self._recyclers: dict[tuple[str, int], Recycler] = {}
@@ -148,9 +149,9 @@ class Sampler:
 
     async def refresh(self) -> int:
         """Read the log; how many transitions are new."""
-        chunks: list[ChunkId] = []
-        await self._log.read_all(chunks)
+        await self._log.read_all(self._found)
         self._looked = time.monotonic()
+        chunks, self._found = self._found, []
         return self._add(chunks)
 
     async def sample(self) -> Sample:
@@ -286,9 +287,9 @@ class Sampler:
             ids = self._within_times(ids, taken)
             if not len(ids):
                 await self._wait_for_more()
-                continue
+                drawn = [one[self._index.is_present(one)] for one in drawn]  # the capacity may have moved on meanwhile
             drawn.append(ids)
-            missing -= len(ids)
+            missing = count - sum(map(len, drawn))
         return np.concatenate(drawn)
 
     def _eligible(self, taken: Ids, ids: Ids) -> NDArray[np.bool_]:

@@ -73,7 +73,6 @@ class Connection:
         self.reply_window = LOCAL_WINDOW if sock.is_local else REMOTE_WINDOW
         """Bytes of replies that one caller should have asked for and not received."""
         self._sock = sock
-        self._is_local = sock.is_local
         self._ready = readiness(sock.raw)
         self._timeout = timeout
         self._parser = Parser(max_bulk)
@@ -91,9 +90,8 @@ class Connection:
         """
         if self.lost is not None:
             raise _copy(self.lost)
-        pending = self._parser.pending
-        pending.append(reply)
-        if send and len(pending) <= DEEP:
+        self._parser.expect(reply)
+        if send and len(self._parser.pending) <= DEEP:
             # At once: the server begins, and what was just written is still in the CPU's cache.
             if self._outbox:
                 self._outbox.append(_Outgoing(buffers, reply))
@@ -150,7 +148,7 @@ class Connection:
             await self._ready.pause()
             if self._receive() or sent:
                 patience = PATIENCE
-            elif eager and self._is_local and len(self._parser.pending) == 1:
+            elif eager and self._sock.is_local and len(self._parser.pending) == 1:
                 eager = False
                 self._spin()
             if reply.done:
