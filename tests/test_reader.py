@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import time
 import warnings
@@ -14,7 +15,7 @@ import pytest
 import redis
 
 import aionpredis
-from aionpredis import Client, Replay, ReplayGone, Run, Schema, SchemaMismatch
+from aionpredis import Client, Position, Replay, ReplayGone, Run, Schema, SchemaMismatch, UsageError
 from aionpredis.replay.log import Seen
 
 from .replays import SCHEMA, data_keys, fill, kill_connections, log_entries, replay_of, uids
@@ -141,6 +142,64 @@ async def test_after_reads_what_came_since(url: str) -> None:
         await replay.begin_run()
         with pytest.raises(ValueError, match="after"):
             await replay.epoch(after=first)
+
+
+@pytest.mark.parametrize("shard", [(0, 1), (1, 2)])
+async def test_a_stored_position_goes_on_exactly_behind_what_was_handed_out(
+    url: str, stock: redis.Redis, shard: tuple[int, int]
+) -> None:
+    """Whichever batch is the last before the restart, in the midst of a chunk or not, with entries that come twice."""
+    async with aionpredis.connect(url) as client:
+        replay = replay_of(client)
+        run = await replay.begin_run()
+        async with replay.actor() as actor:
+            await actor.join()
+            for start in range(0, 60, 6):
+                await fill(actor, range(start, start + 6))
+                await actor.flush()  # chunks of 4 and of 2
+                entries: Any = stock.xrange("{r}:log")
+                stock.xadd("{r}:log", entries[start // 12 + 1][1], id=f"{run.run}-*")
+        everything = await uids(await replay.epoch(run, shuffle=False, shard=shard))
+        assert len(everything) == (60 if shard == (0, 1) else len(everything))
+        first = await replay.epoch(run, batch=5, shuffle=False, shard=shard)
+        assert first.position == (run.run, 0, 0)
+        positions = [first.position]
+        seen = [0]
+        async for batch in first:
+            positions.append(Position(*json.loads(json.dumps(first.position))))
+            seen.append(seen[-1] + len(batch["uid"]))
+        assert seen[-1] == len(everything)
+        for position, count in zip(positions, seen, strict=True):
+            rest = await replay.epoch(run, batch=7, shuffle=False, shard=shard, after=position)
+            assert rest.position == position
+            assert await uids(rest) == everything[count:]
+            shuffled = await replay.epoch(run, batch=7, shard=shard, after=position)
+            assert sorted(await uids(shuffled)) == sorted(everything[count:])
+            followed = await replay.follow(run, batch=3, shard=shard, after=position)
+            if count + 3 <= len(everything):
+                batch = await anext(followed)
+                assert batch["uid"].tolist() == everything[count : count + 3]
+        end = shuffled.position
+        assert await uids(await replay.epoch(run, shard=shard, after=end)) == []
+        await replay.begin_run()
+        with pytest.raises(UsageError, match="after= has read run"):
+            await replay.follow(after=end)
+
+
+async def test_where_there_is_no_position_the_error_says_what_has_one(url: str) -> None:
+    async with aionpredis.connect(url) as client:
+        replay, run = await filled(client, 20)
+        shuffled = await replay.epoch(run, batch=5)
+        await anext(shuffled)
+        with pytest.raises(UsageError, match="shuffle=False"):
+            _ = shuffled.position
+        drawn = await replay.draw_chunks(run, batch=5)
+        await anext(drawn)
+        with pytest.raises(UsageError, match="shuffle=False"):
+            _ = drawn.position
+        for wrong in ("position", ("1", "2", "3"), (1, 2), 5):
+            with pytest.raises(UsageError, match="three ints"):
+                await replay.follow(run, after=wrong)  # type: ignore[arg-type]
 
 
 async def test_follow_hands_out_what_comes_at_once_and_ends_with_the_run(url: str) -> None:

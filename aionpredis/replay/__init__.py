@@ -9,8 +9,9 @@ runs on the server.
 from __future__ import annotations
 
 import math
+import operator
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,7 +27,7 @@ from aionpredis.replay.lag import Progress
 from aionpredis.replay.lanes import VectorActor
 from aionpredis.replay.log import Begin as Run
 from aionpredis.replay.log import ChunkId, LogReader, Names
-from aionpredis.replay.reader import Batches, DrawSource, EpochSource, FollowSource, ReadStats, Source
+from aionpredis.replay.reader import Batches, DrawSource, EpochSource, FollowSource, Position, ReadStats, Source
 from aionpredis.replay.sampler import NStep, Sample, Sampler, SampleStats
 from aionpredis.replay.schema import Schema
 from aionpredis.replay.selection import Fifo, Lifo, Newest, Prioritized, Selection, Shuffled, Uniform
@@ -42,6 +43,7 @@ __all__ = [
     "Lifo",
     "NStep",
     "Newest",
+    "Position",
     "Prioritized",
     "ReadStats",
     "Replay",
@@ -227,7 +229,7 @@ class Replay:
         shuffle: bool = True,
         seed: int | None = None,
         drop_last: bool = False,
-        after: Batches | None = None,
+        after: Batches | Iterable[int] | None = None,
         shard: tuple[int, int] = (0, 1),
     ) -> Batches:
         """Everything that is committed to the run (default: the newest) now, each transition once, in batches::
@@ -237,18 +239,17 @@ class Replay:
 
         ``shuffle``: chunks in random order, the same for the same ``seed`` and content; the transitions within a chunk
         stay together. ``drop_last``: leave out a last, shorter batch. ``after``: an earlier reader of this run that has
-        come to its end; what it has read is left out. ``shard``: ``(i, n)`` is the i-th of n learners, 0 the first, that
-        share the run: each chunk goes to exactly one of them.
+        come to its end, or the :attr:`~Batches.position` of one; what it has handed out is left out. ``shard``: ``(i, n)`` is
+        the i-th of n learners, 0 the first, that share the run: each chunk goes to exactly one of them.
         """
         number = await self._run(run)
-        if after is None:
-            log = LogReader(self._client, self._names, number, _shard(shard))
-        elif after.run == number:
-            log = after.log
+        if isinstance(after, Batches):
+            _check_after(after.run, number)
+            log, position = after.log, None
         else:
-            raise UsageError(f"after= has read run {after.run}, not {number}")
+            log, position = self._log(number, shard, after)
         source = EpochSource(log, np.random.default_rng(seed) if shuffle else None)
-        return self._batches(log, source, batch, drop_last)
+        return self._batches(log, source, batch, drop_last, after=position)
 
     async def follow(
         self,
@@ -256,11 +257,28 @@ class Replay:
         *,
         batch: int = 256,
         drop_last: bool = False,
+        after: Iterable[int] | None = None,
         shard: tuple[int, int] = (0, 1),
     ) -> Batches:
-        """The run's transitions as they are committed, each once; ends when the run has ended. Otherwise like epoch."""
-        log = LogReader(self._client, self._names, await self._run(run), _shard(shard))
-        return self._batches(log, FollowSource(log), batch, drop_last, self._progress(log))
+        """The run's transitions as they are committed, each once; ends when the run has ended. Otherwise like epoch::
+
+        batches = await replay.follow(run, after=position)  # None for the first time
+        async for batch in batches:
+            train(batch)
+            position = batches.position  # to be stored together with the result, for the next process
+        """
+        log, position = self._log(await self._run(run), shard, after)
+        return self._batches(log, FollowSource(log), batch, drop_last, self._progress(log), position)
+
+    def _log(self, run: int, shard: tuple[int, int], after: Iterable[int] | None) -> tuple[LogReader, Position | None]:
+        if after is None:
+            return LogReader(self._client, self._names, run, _shard(shard)), None
+        try:
+            position = Position(*map(operator.index, after))
+        except TypeError:  # not a sequence, not of ints, not three of them
+            raise UsageError(f"after= is a reader's position, three ints, not {after!r}") from None
+        _check_after(position.run, run)
+        return LogReader(self._client, self._names, run, _shard(shard), position[1:]), position
 
     async def consume(
         self, run: int | Run | None = None, *, group: str, batch: int = 256, reclaim: float = 60.0
@@ -370,10 +388,16 @@ class Replay:
         )
 
     def _batches(
-        self, log: LogReader, source: Source, batch: int, drop_last: bool, progress: Progress | None = None
+        self,
+        log: LogReader,
+        source: Source,
+        batch: int,
+        drop_last: bool,
+        progress: Progress | None = None,
+        after: Position | None = None,
     ) -> Batches:
         _check_count("batch", batch)
-        return Batches(self._client, self._names, self.schema, log, source, batch, drop_last, progress)
+        return Batches(self._client, self._names, self.schema, log, source, batch, drop_last, progress, after)
 
     async def _run(self, run: int | Run | None) -> int:
         if run is not None:
@@ -436,6 +460,11 @@ class Replay:
         run = await self.begin_run(saved.weights, keep=keep)
         await saved.write(self._client, self._names, run.run, lease=self._lease, progress=progress)
         return run
+
+
+def _check_after(read: int, run: int) -> None:
+    if read != run:
+        raise UsageError(f"after= has read run {read}, not {run}")
 
 
 def _shard(shard: tuple[int, int]) -> tuple[int, int]:

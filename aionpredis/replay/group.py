@@ -32,6 +32,8 @@ class GroupSource:
     ``reclaim``: seconds after which a chunk that was not acknowledged is given to another learner.
     """
 
+    in_order = False
+
     def __init__(self, client: Client, names: Names, log: LogReader, group: str, *, reclaim: float) -> None:
         if not 0 < reclaim < 1e9:
             raise UsageError(f"reclaim is a positive number of seconds, not {reclaim!r}")

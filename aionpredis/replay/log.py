@@ -163,11 +163,15 @@ class Seen:
 
 class LogReader:
     """Reads the commits of one run, each chunk once; of ``n`` learners, the i-th (``shard=(i, n)``) its own chunks only.
+    ``after``: an entry, and how many of its transitions were read: those before it are left out. They are looked at, since
+    they may come again.
 
     ``ended``: a newer run has begun, or the log is gone.
     """
 
-    def __init__(self, client: Client, names: Names, run: int, shard: tuple[int, int] = (0, 1)) -> None:
+    def __init__(
+        self, client: Client, names: Names, run: int, shard: tuple[int, int] = (0, 1), after: tuple[int, int] = (0, 0)
+    ) -> None:
         self.run = run
         self.shard = shard
         self.ended = False
@@ -175,6 +179,7 @@ class LogReader:
         self._client = client
         self._names = names
         self._cursor = (run, 0)
+        self._after = after
         self._seen: dict[bytes, Seen] = {}
 
     async def read(self, *, wait: bool) -> list[ChunkId]:
@@ -214,6 +219,8 @@ class LogReader:
             self._cursor = self.run, chunk.entry
             if not self._seen.setdefault(chunk.incarnation, Seen()).add(chunk.seq):
                 self.duplicates += 1
+            elif (chunk.entry, chunk.rows) <= self._after:
+                pass
             elif share(chunk, self.shard[1]) == self.shard[0]:
                 chunks.append(chunk)
         return chunks

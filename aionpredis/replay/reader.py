@@ -23,16 +23,27 @@ from aionpredis.replay.chunk import open_chunk
 from aionpredis.replay.group import GroupSource
 from aionpredis.replay.lag import Progress
 from aionpredis.replay.log import ChunkId, LogReader, Names, look_again
-from aionpredis.replay.schema import Schema
+from aionpredis.replay.schema import MAX_ROWS, Schema
 from aionpredis.requests import SLICE, ValueReply, get_command
 from aionpredis.wire.resp import Buffer, Pattern, Template
 
 if TYPE_CHECKING:
     from aionpredis.client import Client
 
-__all__ = ["Batches", "ReadStats"]
+__all__ = ["Batches", "Position", "ReadStats"]
 
 Arrays = dict[str, NDArray[Any]]
+
+
+class Position(NamedTuple):
+    """How far a reader of a run has come: three ints, to be stored with what was made of the batches so far.
+
+    All chunks up to ``entry`` in the log were handed out, of that one itself the first ``row`` transitions.
+    """
+
+    run: int
+    entry: int
+    row: int
 
 
 @dataclass
@@ -63,12 +74,17 @@ class Source(Protocol):
         """What to read instead of a chunk that is not on the server; ``None``: its rows are left out."""
 
     @property
+    def in_order(self) -> bool:
+        """Whether chunks are read in the order of the log."""
+
+    @property
     def hands_over(self) -> bool:
         """Whether to hand out a batch that is not full, if there is nothing more at the moment."""
 
 
 class _NoSubstitute:
     hands_over = False
+    in_order = False
 
     def substitute(self, chunk: ChunkId) -> ChunkId | None:
         return None
@@ -78,6 +94,7 @@ class EpochSource(_NoSubstitute):
     """Every chunk that is committed when reading begins, once; shuffled if there is a generator."""
 
     def __init__(self, log: LogReader, rng: np.random.Generator | None) -> None:
+        self.in_order = rng is None
         self._log = log
         self._rng = rng
         self._found: list[ChunkId] = []
@@ -98,6 +115,8 @@ class EpochSource(_NoSubstitute):
 
 class FollowSource(_NoSubstitute):
     """Every chunk of a run, in the order of commits, until the run has ended."""
+
+    in_order = True
 
     def __init__(self, log: LogReader) -> None:
         self._log = log
@@ -121,6 +140,7 @@ class DrawSource:
     """
 
     hands_over = False
+    in_order = False
 
     def __init__(self, log: LogReader, rng: np.random.Generator) -> None:
         self._log = log
@@ -165,6 +185,7 @@ class _Batch:
         self.pending = 0
         self.holes: list[slice] = []
         self.chunks: list[ChunkId] = []  # whose last row is here
+        self.last = 0, 0  # the entry of the last chunk here, and the row up to which it is
 
     def finish(self) -> Arrays:
         """The rows that came."""
@@ -182,7 +203,7 @@ LOOK_AGAIN = 1024
 
 
 class _Place(NamedTuple):
-    """The rows of a chunk up to ``stop`` (from where the place before ends) go to ``batch``, from row ``first`` on."""
+    """The rows of a chunk from ``start`` to ``stop`` go to ``batch``, from row ``first`` on."""
 
     batch: _Batch
     first: int
@@ -226,6 +247,7 @@ class Batches:
         batch: int,
         drop_last: bool,
         progress: Progress | None = None,
+        after: Position | None = None,
     ) -> None:
         self.stats = ReadStats()
         self._client = client
@@ -237,6 +259,8 @@ class Batches:
         self._drop_last = drop_last
         self._progress = progress
         self._handed_out: list[ChunkId] = []  # and not acknowledged
+        self._after = after or Position(log.run, 0, 0)
+        self._position: Position | None = self._after
         self._read = 0  # the highest entry of the log of which all has arrived; for follow(), all before it, too
         self._pipeline: Pipeline[list[_Wanted]] = Pipeline(client)
         self._arrived: deque[tuple[_Wanted, NDArray[np.uint8] | None]] = deque()  # have to be placed yet
@@ -249,6 +273,22 @@ class Batches:
     def run(self) -> int:
         """The run that is read."""
         return self._log.run
+
+    @property
+    def position(self) -> Position:
+        """How far the batches that were handed out have come, for ``after=`` of another reader, perhaps in another process.
+
+        To go on there exactly once, store it together with what was made of the batches, in one step (one record, one
+        transaction).
+
+        Raises:
+            UsageError: chunks do not come in the order of the log, and not all of them have come yet.
+        """
+        if self._position is None:
+            raise UsageError(
+                "only follow() and epoch(shuffle=False) have a position at any time, a shuffled epoch at its end"
+            )
+        return self._position
 
     @property
     def log(self) -> LogReader:
@@ -300,6 +340,8 @@ class Batches:
                 more = await self._source.more()
                 self.stats.duplicates, self.stats.gaps = self._log.duplicates, self._log.gaps
                 if not more and (self._drop_last or not self._batches):
+                    if not self._batches and self._position is None:
+                        self._position = Position(self._log.run, self._log.entry, MAX_ROWS)
                     raise StopAsyncIteration
                 if self._batches and (self._source.hands_over or not more):
                     arrays = self._finish()
@@ -309,6 +351,7 @@ class Batches:
     def _finish(self) -> Arrays | None:
         batch = self._batches.popleft()
         self._handed_out += batch.chunks
+        self._position = Position(self._log.run, *batch.last) if self._source.in_order else None
         arrays = batch.finish()
         rows = len(next(iter(arrays.values())))
         self.stats.transitions += rows
@@ -338,7 +381,9 @@ class Batches:
     def _assign(self, chunk: ChunkId) -> _Wanted:
         """Assign a chunk to rows of the batch that is being filled, and on into the next one."""
         wanted = _Wanted(chunk, self._names.data(self._log.run, chunk))
-        row = 0
+        row = self._after.row if chunk.entry == self._after.entry else 0
+        if row:  # an earlier reader handed them out
+            wanted.places.append(_Place(_Batch(self._schema, row, {}), 0, 0, row))
         while row < chunk.rows:
             if not self._batches or self._batches[-1].filled == self._size:
                 self._batches.append(_Batch(self._schema, self._size, self._recyclers))
@@ -347,6 +392,7 @@ class Batches:
             wanted.places.append(_Place(batch, batch.filled, row, row + count))
             batch.filled += count
             batch.pending += 1
+            batch.last = chunk.entry, row + count
             row += count
         if wanted.places:
             wanted.places[-1].batch.chunks.append(chunk)
