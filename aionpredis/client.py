@@ -249,7 +249,7 @@ class Client:
                         reply_to = partial(values_reply, header, memories)
                         pipeline.put(partial(_with, command, reply_to), size * len(chosen), (header, memories))
                     else:
-                        pipeline.put(partial(_with, command, ValueReply), SLICE, None)
+                        pipeline.put(partial(_with, command, partial(ValueReply, length=1)), SLICE, None)
                     asked += len(chosen)
                 reply, predicted = await pipeline.next()
                 if reply.matched and predicted is not None:

@@ -41,7 +41,7 @@ from aionpredis.errors import (
 from aionpredis.formats import npy
 from aionpredis.pipeline import Pipeline
 from aionpredis.requests import ValueReply
-from aionpredis.wire.resp import encode
+from aionpredis.wire.resp import Reply, encode
 
 from . import strategies
 from .proxy import Proxy
@@ -728,7 +728,7 @@ async def test_pipeline_asks_for_a_bounded_number_of_replies(url: str) -> None:
     async with aionpredis.connect(url) as client:
         pipeline: Pipeline[None] = Pipeline(client)
         while not pipeline.full:
-            pipeline.put(lambda: (encode("PING"), ValueReply()), 1, None)
+            pipeline.put(lambda: (encode("PING"), Reply()), 1, None)
         assert len(pipeline) <= 100
         keys = [f"missing{i}" for i in range(30_000)]
         with anyio.fail_after(10):

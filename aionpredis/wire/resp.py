@@ -16,6 +16,7 @@ Receiving: one :class:`Reply` says what one request expects back, :class:`Parser
 
 from __future__ import annotations
 
+import reprlib
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -285,6 +286,10 @@ class Reply:
     """A shortcut for a reply that is a long array: ``element(staging, start, end)`` may give the element that begins at
     ``start``, and where it ends, if it is complete there and looks as expected; otherwise it is parsed as usual."""
 
+    def accepts(self, value: Any) -> bool:
+        """Whether the server may answer so. If not, this is another request's reply: the connection is given up."""
+        return True
+
     def result(self) -> Any:
         """The only value; raises it if it is a :class:`ServerError`."""
         (value,) = self.values
@@ -488,6 +493,8 @@ class Parser:
                 value = items
                 stack.pop()
             else:
+                if not (reply.abandoned or reply.accepts(value)):
+                    raise ProtocolError(f"a reply of another kind than was asked for: {reprlib.repr(value)}")
                 reply.values.append(value)
                 if len(reply.values) == reply.count:
                     return True
