@@ -371,10 +371,13 @@ class Client:
         if not reply.matched:
             _raise(reply.values[0], "SET", key)
 
-    async def call(self, *arguments: Any, repeatable: bool = False) -> Any:
-        """:meth:`execute` unchecked; ``repeatable``: running it twice is harmless, so it survives a broken connection."""
+    async def call(self, *arguments: Any, repeatable: bool = False, key: Key | None = None) -> Any:
+        """:meth:`execute` unchecked; ``repeatable``: running it twice is harmless, so it survives a broken connection.
+
+        ``key``: for an error's message.
+        """
         reply = await self.request(lambda: (resp.encode(*arguments), Reply()), repeatable=repeatable)
-        return _raise(reply.values[0], arguments[0])
+        return _raise(reply.values[0], arguments[0], key)
 
     async def call_many(self, commands: Sequence[Sequence[Any]], *, repeatable: bool = False) -> list[Any]:
         """Several commands in one pipeline; their replies in order, :class:`ServerError` instances among them."""
@@ -504,9 +507,7 @@ def _header(out: NDArray[Any]) -> bytes:
 
 def _raise(value: Any, command: Any, key: Key | None = None) -> Any:
     if isinstance(value, ServerError):
-        value.command = command if isinstance(command, str) else bytes(command).decode("utf-8", "replace")
-        value.key = key
-        raise value
+        raise value.about(command if isinstance(command, str) else bytes(command).decode("utf-8", "replace"), key)
     return value
 
 

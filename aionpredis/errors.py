@@ -139,6 +139,11 @@ class ServerError(AionpredisError):
         self.command = command
         self.key = key
 
+    def about(self, command: str, key: str | bytes | None = None) -> ServerError:
+        """Itself, with the command and the key that it is about."""
+        self.command, self.key = command, key
+        return self
+
     def __str__(self) -> str:
         message = super().__str__()
         about = [part for part in (self.command, self.key and f"key {self.key!r}") if part]

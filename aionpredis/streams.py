@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from itertools import islice
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import anyio
@@ -28,6 +29,7 @@ __all__ = [
     "newest",
     "page",
     "read_blocking",
+    "shown",
 ]
 
 T = TypeVar("T")
@@ -48,10 +50,15 @@ def _parse(entries: list[Any]) -> Iterator[Entry]:
         yield (int(left), int(right)), dict(zip(fields[::2], fields[1::2], strict=True)) if fields else {}
 
 
+def shown(fields: Mapping[bytes, bytes]) -> str:
+    """The fields for an error's message, which stays short."""
+    return ", ".join(f"{name[:40]!r}: {value[:80]!r}" for name, value in islice(fields.items(), 4)) or "no field"
+
+
 async def last_generated(client: Client, stream: str) -> tuple[int, int] | None:
     """The id that the next one must exceed; ``None`` if there is no such stream."""
     try:
-        info = await client.call("XINFO", "STREAM", stream, repeatable=True)
+        info = await client.call("XINFO", "STREAM", stream, repeatable=True, key=stream)
     except ServerError as error:
         if "no such key" in str(error):
             return None
@@ -62,12 +69,12 @@ async def last_generated(client: Client, stream: str) -> tuple[int, int] | None:
 
 async def newest(client: Client, stream: str, count: int) -> list[Entry]:
     """The last ``count`` entries that are there, the newest first."""
-    return list(_parse(await client.call("XREVRANGE", stream, "+", "-", "COUNT", count, repeatable=True)))
+    return list(_parse(await client.call("XREVRANGE", stream, "+", "-", "COUNT", count, repeatable=True, key=stream)))
 
 
 async def page(client: Client, stream: str, first: str, last: str, count: int = PAGE) -> list[Entry]:
     """Entries from ``first`` to ``last``, as XRANGE names ids: ``(`` excludes, ``-`` and ``+`` are the ends."""
-    return list(_parse(await client.call("XRANGE", stream, first, last, "COUNT", count, repeatable=True)))
+    return list(_parse(await client.call("XRANGE", stream, first, last, "COUNT", count, repeatable=True, key=stream)))
 
 
 async def read_blocking(client: Client, stream: str, after: tuple[int, int], count: int = PAGE) -> list[Entry]:
@@ -81,7 +88,10 @@ async def read_blocking(client: Client, stream: str, after: tuple[int, int], cou
         command = ("XREAD", "COUNT", count, "BLOCK", milliseconds, "STREAMS", stream, f"{after[0]}-{after[1]}")
         return (await ask(connection, command))[0]
 
-    found = await alone(client, read)
+    try:
+        found = await alone(client, read)
+    except ServerError as error:
+        raise error.about("XREAD", stream) from None
     return [] if found is None else list(_parse(found[0][1]))
 
 
@@ -104,9 +114,9 @@ async def ask(connection: Connection, *commands: Sequence[Any]) -> list[Any]:
     reply = Reply(len(commands))
     buffers = [buffer for command in commands for buffer in resp.encode(*command)]
     await connection.wait(connection.submit(buffers, reply))
-    for value in reply.values:
+    for command, value in zip(commands, reply.values, strict=True):
         if isinstance(value, ServerError):
-            raise value
+            raise value.about(command[0])
     return reply.values
 
 
@@ -121,7 +131,7 @@ async def claim(
     option = () if make else ("NOMKSTREAM",)
     pairs = [part for pair in fields.items() for part in pair]
     try:
-        added = await client.call("XADD", stream, *option, f"{left}-0", *pairs, repeatable=True)
+        added = await client.call("XADD", stream, *option, f"{left}-0", *pairs, repeatable=True, key=stream)
     except ServerError as error:
         if not is_stale(error):
             raise

@@ -28,7 +28,7 @@ from aionpredis.replay.log import Begin as Run
 from aionpredis.replay.log import ChunkId, LogReader, Names
 from aionpredis.replay.reader import Batches, DrawSource, EpochSource, FollowSource, ReadStats, Source
 from aionpredis.replay.sampler import NStep, Sample, Sampler, SampleStats
-from aionpredis.replay.schema import Schema
+from aionpredis.replay.schema import MAX_CHUNK_BYTES, Schema
 from aionpredis.replay.selection import Fifo, Lifo, Newest, Prioritized, Selection, Shuffled, Uniform
 
 if TYPE_CHECKING:
@@ -55,9 +55,6 @@ __all__ = [
     "Uniform",
     "VectorActor",
 ]
-
-MAX_CHUNK_BYTES = 64 << 20
-"""Bytes of one chunk. It is received in one piece, and four of them circulate in every actor."""
 
 
 class Replay:
@@ -99,7 +96,7 @@ class Replay:
             raise UsageError(f"the schema of a replay is an aionpredis.Schema, not {type(schema).__name__}")
         if isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1:
             raise UsageError(f"chunk is a positive number of transitions, not {chunk!r}")
-        if schema.row_nbytes * chunk > MAX_CHUNK_BYTES:
+        if chunk > schema.max_chunk:
             raise UsageError(
                 f"chunk={chunk} makes {schema.row_nbytes * chunk:,} bytes: at most {MAX_CHUNK_BYTES:,}; choose a smaller one"
             )
@@ -214,7 +211,7 @@ class Replay:
 
     async def count(self, run: int | Run | None = None) -> int:
         """How many transitions are committed to the run (default: the newest)."""
-        log = LogReader(self._client, self._names, await self._run(run))
+        log = self._log(await self._run(run))
         chunks: list[ChunkId] = []
         await log.read_all(chunks)
         return sum(chunk.rows for chunk in chunks)
@@ -242,7 +239,7 @@ class Replay:
         """
         number = await self._run(run)
         if after is None:
-            log = LogReader(self._client, self._names, number, _shard(shard))
+            log = self._log(number, _shard(shard))
         elif after.run == number:
             log = after.log
         else:
@@ -259,7 +256,7 @@ class Replay:
         shard: tuple[int, int] = (0, 1),
     ) -> Batches:
         """The run's transitions as they are committed, each once; ends when the run has ended. Otherwise like epoch."""
-        log = LogReader(self._client, self._names, await self._run(run), _shard(shard))
+        log = self._log(await self._run(run), _shard(shard))
         return self._batches(log, FollowSource(log), batch, drop_last, self._progress(log))
 
     async def consume(
@@ -277,7 +274,7 @@ class Replay:
         to another one of the group. A batch may be shorter, when there is nothing more at the moment. By a consumer group of
         the server's; readers that need each chunk exactly once share by ``shard=``.
         """
-        log = LogReader(self._client, self._names, await self._run(run))
+        log = self._log(await self._run(run))
         source = GroupSource(self._client, self._names, log, check_name(group), reclaim=reclaim)
         return self._batches(log, source, batch, False)
 
@@ -297,7 +294,7 @@ class Replay:
         Each transition has the same share, but those of a chunk come together, so a batch of 256 from chunks of 16 holds
         16 independent draws. That makes it as fast as :meth:`epoch`; :meth:`sampler` draws each transition on its own.
         """
-        log = LogReader(self._client, self._names, await self._run(run), _shard(shard))
+        log = self._log(await self._run(run), _shard(shard))
         return self._batches(log, DrawSource(log, np.random.default_rng(seed)), batch, False)
 
     async def sampler(
@@ -349,7 +346,7 @@ class Replay:
                 f"sample() waits for {least} transitions (min_size, samples_per_insert), and the actors stop at "
                 f"max_lag={self._max_lag * self._chunk}: make max_lag larger"
             )
-        log = LogReader(self._client, self._names, await self._run(run), _shard(shard))
+        log = self._log(await self._run(run), _shard(shard))
         return Sampler(
             self._client,
             self._names,
@@ -374,6 +371,9 @@ class Replay:
     ) -> Batches:
         _check_count("batch", batch)
         return Batches(self._client, self._names, self.schema, log, source, batch, drop_last, progress)
+
+    def _log(self, run: int, shard: tuple[int, int] = (0, 1)) -> LogReader:
+        return LogReader(self._client, self._names, run, shard, max_rows=self.schema.max_chunk)
 
     async def _run(self, run: int | Run | None) -> int:
         if run is not None:

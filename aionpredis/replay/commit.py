@@ -275,7 +275,7 @@ class Committer:
             if not isinstance(value, ServerError):
                 self._advance(commit, value)
                 continue
-            value.command = commit.step.value
+            value.about(commit.step.value, self._log if commit.step in (_Step.LOG, _Step.FIND) else commit.key)
             if commit.step is _Step.LOG and streams.is_stale(value):
                 self.ended = True
                 self._queue(commit, _Step.FIND if commit.repeated else _Step.DROP)

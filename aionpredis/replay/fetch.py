@@ -330,7 +330,10 @@ class Fetcher:
                 if not reply.matched:
                     values = iter(reply.values)
                     for run in asked:
-                        fits = [_place(next(values), part) for part in job.parts(run)]  # each takes its value
+                        try:
+                            fits = [_place(next(values), part) for part in job.parts(run)]  # each takes its value
+                        except ServerError as error:
+                            raise error.about("GET", run.key) from None
                         if not all(fits):
                             lost.append(run)
         finally:

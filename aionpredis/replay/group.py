@@ -14,7 +14,7 @@ import anyio
 
 from aionpredis import streams
 from aionpredis.errors import ServerError, UsageError
-from aionpredis.replay.log import FIELD, ChunkId, LogReader, Names, unpack
+from aionpredis.replay.log import FIELD, ChunkId, LogReader, Names, parse_commit
 from aionpredis.wire.connection import Connection
 
 if TYPE_CHECKING:
@@ -122,12 +122,14 @@ class GroupSource:
         return int((await self._client.call("XPENDING", self._names.log, self._group, repeatable=True))[0])
 
     async def _add(self, entries: list[Any]) -> None:
+        mine: list[list[Any]] = []
         others: list[bytes] = []
-        for raw_id, fields in entries:
-            left, _, right = raw_id.partition(b"-")
-            if int(left) == self._log.run and fields and fields[0] == FIELD:
-                self._chunks.append(unpack(fields[1], int(right)))
+        for entry in entries:
+            raw_id, fields = entry
+            if int(raw_id.partition(b"-")[0]) == self._log.run and fields and fields[0] == FIELD:
+                mine.append(entry)
             else:
                 others.append(raw_id)  # of the next run, which has a group of its own
+        self._chunks += self._log.checked(map(parse_commit, mine))
         if others:
             await self._client.call("XACK", self._names.log, self._group, *others, repeatable=True)

@@ -10,12 +10,14 @@ import re
 import struct
 import zlib
 from collections import deque
+from collections.abc import Iterable
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from aionpredis import streams
-from aionpredis.errors import CorruptValue
+from aionpredis.errors import CorruptValue, ServerError
 from aionpredis.names import check_name
+from aionpredis.replay.schema import MAX_ROWS
 from aionpredis.wire import resp
 from aionpredis.wire.resp import Reply
 
@@ -25,7 +27,19 @@ if TYPE_CHECKING:
 
     from aionpredis.client import Client
 
-__all__ = ["Begin", "ChunkId", "LogReader", "Names", "look_again", "pack"]
+__all__ = [
+    "FIELD",
+    "Begin",
+    "ChunkId",
+    "CommitsReply",
+    "LogReader",
+    "Names",
+    "look_again",
+    "pack",
+    "parse_begin",
+    "parse_commit",
+    "unpack",
+]
 
 _ENTRY = struct.Struct("<8sII")
 FIELD = b"c"
@@ -83,18 +97,20 @@ def pack(chunk: ChunkId) -> bytes:
 
 
 def unpack(packed: bytes, entry: int = 0) -> ChunkId:
+    """The commit that :func:`pack` made; :class:`CorruptValue` if ``packed`` is too short. Nothing else is checked."""
     try:
         incarnation, seq, rows = _ENTRY.unpack_from(packed)
     except struct.error:
-        raise CorruptValue(f"a log entry of {len(packed)} bytes is no commit") from None
+        raise CorruptValue(f"entry {entry} of the run is no commit: {packed!r}") from None
     return ChunkId(incarnation, seq, rows, packed[_ENTRY.size :], entry)
 
 
-def parse_begin(run: int, fields: dict[bytes, bytes]) -> Begin:
+def parse_begin(names: Names, run: int, fields: dict[bytes, bytes]) -> Begin:
+    """What the entry ``run-0`` says; :class:`CorruptValue` if it does not begin a run."""
     try:
         return Begin(run, fields[b"begin"], int(fields[b"policy"]), fields[b"schema"].decode())
     except (KeyError, ValueError):
-        raise CorruptValue(f"entry {run}-0 of the log does not begin a run: {fields!r:.200}") from None
+        raise CorruptValue(f"entry {run}-0 does not begin a run: {streams.shown(fields)}", key=names.log) from None
 
 
 def share(chunk: ChunkId, learners: int) -> int:
@@ -119,8 +135,8 @@ class CommitsReply(Reply):
         return ChunkId(incarnation, seq, rows, bytes(staging[at + _ENTRY.size : stop]), int(match[1])), stop + 2
 
 
-def _commit(entry: list[Any]) -> ChunkId:
-    """The same from an entry as it was parsed."""
+def parse_commit(entry: list[Any]) -> ChunkId:
+    """The commit in an entry as a stream's commands return it, id and fields; :class:`CorruptValue` if it is none."""
     raw_id, fields = entry
     packed = fields[1] if len(fields) == 2 and fields[0] == FIELD else b""
     return unpack(packed, int(raw_id.partition(b"-")[2]))
@@ -158,21 +174,35 @@ class Seen:
 class LogReader:
     """Reads the commits of one run, each chunk once; of ``n`` learners, the i-th (``shard=(i, n)``) its own chunks only.
 
+    ``max_rows``: transitions that a chunk may say it has. Memory is allocated for them before the chunk itself is seen.
     ``ended``: a newer run has begun, or the log is gone.
     """
 
-    def __init__(self, client: Client, names: Names, run: int, shard: tuple[int, int] = (0, 1)) -> None:
+    def __init__(
+        self,
+        client: Client,
+        names: Names,
+        run: int,
+        shard: tuple[int, int] = (0, 1),
+        *,
+        max_rows: int = MAX_ROWS,
+    ) -> None:
         self.run = run
         self.shard = shard
         self.ended = False
         self.duplicates = 0
         self._client = client
         self._names = names
+        self._max_rows = max_rows
         self._cursor = (run, 0)
         self._seen: dict[bytes, Seen] = {}
 
     async def read(self, *, wait: bool) -> list[ChunkId]:
-        """Chunks committed since the last call; with ``wait``, at least one, unless the run ended or seconds passed."""
+        """Chunks committed since the last call; with ``wait``, at least one, unless the run ended or seconds passed.
+
+        Raises:
+            CorruptValue: an entry is no commit. It is raised each time, until the entry is deleted.
+        """
         present = await self._page()
         if not present and wait and not self.ended:
             entries = await streams.read_blocking(self._client, self._names.log, self._cursor)
@@ -181,8 +211,8 @@ class LogReader:
                 self.ended = last is None or last[0] > self.run
             elif entries[-1][0][0] != self.run:
                 self.ended = True
-            # All are unpacked before anything is noted: an error leaves everything as it was.
-            present = [unpack(fields.get(FIELD, b""), right) for (left, right), fields in entries if left == self.run]
+            found = (unpack(fields.get(FIELD, b""), right) for (left, right), fields in entries if left == self.run)
+            present = self.checked(found)
         return self._take(present)
 
     async def read_all(self, chunks: list[ChunkId] | deque[ChunkId]) -> None:
@@ -199,7 +229,29 @@ class LogReader:
         first, last = f"({left}-{right}", f"{self.run}-{streams.RIGHT_MAX}"
         command = resp.encode("XRANGE", self._names.log, first, last, "COUNT", streams.PAGE)
         reply = await self._client.request(lambda: (command, CommitsReply()))
-        return [item if type(item) is ChunkId else _commit(item) for item in reply.result()]
+        (entries,) = reply.values
+        if isinstance(entries, ServerError):
+            raise entries.about("XRANGE", self._names.log)
+        return self.checked(item if type(item) is ChunkId else parse_commit(item) for item in entries)
+
+    def checked(self, chunks: Iterable[ChunkId]) -> list[ChunkId]:
+        """All of these commits, or none: an error leaves everything as it was.
+
+        Raises:
+            CorruptValue: one is no commit, or no chunk has so many transitions.
+        """
+        try:
+            commits = list(chunks)
+            for chunk in commits:
+                if not 0 < chunk.rows <= self._max_rows:
+                    raise CorruptValue(
+                        f"entry {self.run}-{chunk.entry} says that a chunk has {chunk.rows:,} transitions: of this schema"
+                        f" it has 1 to {self._max_rows:,}"
+                    )
+        except CorruptValue as error:
+            error.key = self._names.log
+            raise
+        return commits
 
     def _take(self, present: list[ChunkId]) -> list[ChunkId]:
         """The chunks that are new."""

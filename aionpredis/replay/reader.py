@@ -399,7 +399,11 @@ class Batches:
         self._arrived += [pair for pair in zip(group, values, strict=True) if not isinstance(pair[1], ServerError)]
         if refused:
             self._ask(refused)  # if somebody calls again
-            raise next(value for value in values if isinstance(value, ServerError))
+            raise next(
+                value.about("GET", wanted.key)
+                for wanted, value in zip(group, values, strict=True)
+                if isinstance(value, ServerError)
+            )
 
     async def _place(self, wanted: _Wanted, value: NDArray[np.uint8] | None) -> None:
         """Take a chunk that was not predicted: the first of its length, or one that is not there."""

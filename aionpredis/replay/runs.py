@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from aionpredis import streams
-from aionpredis.errors import ReplayError, ReplayGone, RunConflict, ServerError
+from aionpredis.errors import CorruptValue, ReplayError, ReplayGone, RunConflict, ServerError
 from aionpredis.replay.log import FIELD, Begin, Names, parse_begin, unpack
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ async def latest(client: Client, names: Names) -> Begin | None:
     if last is None:
         return None
     entries = await streams.page(client, names.log, f"{last[0]}-0", f"{last[0]}-0")
-    return parse_begin(last[0], entries[0][1]) if entries else None
+    return parse_begin(names, last[0], entries[0][1]) if entries else None
 
 
 async def begin(client: Client, names: Names, *, policy: int, schema: str) -> Begin:
@@ -72,7 +72,7 @@ async def begin(client: Client, names: Names, *, policy: int, schema: str) -> Be
             raise ReplayGone(f"the log of {names.name!r} was deleted meanwhile", replay=names.name, run=run)
     if not begun:
         raise RunConflict(f"another trainer began run {run} of {names.name!r}", replay=names.name, run=run)
-    return parse_begin(run, entry)
+    return parse_begin(names, run, entry)
 
 
 async def _create(client: Client, names: Names, run: int, entry: dict[bytes, bytes]) -> bool:
@@ -169,7 +169,12 @@ async def evict(client: Client, names: Names, run: int, entry: int) -> int:
 
 
 async def _unlink(client: Client, names: Names, entries: list[streams.Entry]) -> int:
-    keys = [names.data(left, unpack(fields[FIELD])) for (left, _), fields in entries if FIELD in fields]
+    keys = []
+    for (left, _), fields in entries:
+        try:
+            keys.append(names.data(left, unpack(fields[FIELD])))
+        except (KeyError, CorruptValue):  # it begins a run, or is somebody else's: it names no data
+            pass
     return int(await client.call("UNLINK", *keys, repeatable=True)) if keys else 0
 
 

@@ -16,7 +16,6 @@ Receiving: one :class:`Reply` says what one request expects back, :class:`Parser
 
 from __future__ import annotations
 
-import reprlib
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -494,7 +493,7 @@ class Parser:
                 stack.pop()
             else:
                 if not (reply.abandoned or reply.accepts(value)):
-                    raise ProtocolError(f"a reply of another kind than was asked for: {reprlib.repr(value)}")
+                    raise ProtocolError(f"a reply of another kind than was asked for: {type(value).__name__}")
                 reply.values.append(value)
                 if len(reply.values) == reply.count:
                     return True
