@@ -536,9 +536,9 @@ class Parser:
         while True:
             start = self._start
             stop = staging.find(b"\r\n", start, end)
+            if (end - 1 if stop < 0 else stop) - start > MAX_LINE:  # its \r may be the last that has come
+                raise ProtocolError(f"no end of line within {MAX_LINE} bytes")
             if stop < 0:
-                if end - start > MAX_LINE:
-                    raise ProtocolError(f"no end of line within {MAX_LINE} bytes")
                 return _INCOMPLETE
             kind = staging[start]
             line = staging[start + 1 : stop]
