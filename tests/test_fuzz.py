@@ -18,7 +18,7 @@ def seeds(name: str) -> list[bytes]:
 
 
 @pytest.mark.parametrize("name", TARGETS)
-def test_valid_input_passes(name: str) -> None:
+def test_valid_input_and_plain_lies_pass(name: str) -> None:
     for seed in seeds(name):
         TARGETS[name].run(seed)
 
@@ -49,7 +49,7 @@ def changed(data: bytes, changes: list[tuple[str, int, bytes]]) -> bytes:
 
 
 @pytest.mark.parametrize("name", TARGETS)
-@settings(max_examples=150)
+@settings(max_examples=100, deadline=None)
 @given(data=st.data())
 def test_changed_input_passes(name: str, data: st.DataObject) -> None:
     TARGETS[name].run(changed(data.draw(st.sampled_from(seeds(name))), data.draw(CHANGES)))
@@ -61,7 +61,7 @@ def test_every_target_can_be_named() -> None:
 
 FOUND: list[tuple[str, bytes]] = [
     # A line beyond the limit was read if it came in one piece, and refused if it came in two.
-    ("resp", b"\0\0\0\0\x04\x02\x1f;+" + b"a" * 200 + b"\r\n"),
+    ("resp", b"\0\0\0\0\x04\x02\x1f;+" + b"a" * 230 + b"\r\n"),
     ("resp", b"\0\0\0\0\x04\x02\x1f;+" + b"a" * 199 + b"\r\n"),
 ]
 

@@ -74,8 +74,8 @@ def log_seeds() -> list[bytes]:
     chunks = [ChunkId(b"incarnat", seq, 9, b"" if seq % 2 else b"\x05\x01") for seq in (0, 1, 2, 1)]
     chunks += [ChunkId(b"another.", 2**32 - 1, 1, bytes(30))]
     valid = [bytes([len(pack(chunk))]) + pack(chunk) for chunk in chunks]
-    empty = b"\x10" + struct.pack("<8sII", b"incarnat", 0, 0)
-    return [b"".join(valid), *valid, empty, b"\x03abc"]
+    lies = [b"\x10" + struct.pack("<8sII", b"incarnat", 0, rows) for rows in (0, MAX_ROWS + 1, 2**32 - 1)]
+    return [b"".join(valid), *valid, *lies, b"\x03abc"]
 
 
 def announcements_seeds() -> list[bytes]:
@@ -84,6 +84,8 @@ def announcements_seeds() -> list[bytes]:
         [b"begin", b"0123456789abcdef", b"policy", b"12", b"schema", b"0123456789abcdef"],
         [b"token", b"0123456789abcdef"],
         [b"token", b"0123456789abcdef", b"parts", b"3", b"shapes", shapes],
+        [b"token", b"0123456789abcdef", b"parts", b"999999999999"],
+        [b"token", b"0123456789abcdef", b"parts", b"2", b"shapes", b'{"x": [-1, "9"]}'],
         [b"7:12", b"7:15", b"6:99"],
     ]
     return [b"\0".join(parts) for parts in fields]

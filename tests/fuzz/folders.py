@@ -73,4 +73,18 @@ def fuzz_checkpoint(data: bytes) -> None:
 
 
 def seeds() -> list[bytes]:
-    return [bytes([number]) + (_folder() / name).read_bytes() for number, name in enumerate(FILES)]
+    whole = [bytes([number]) + (_folder() / name).read_bytes() for number, name in enumerate(FILES)]
+    facts = json.loads(whole[0][1:])
+    lies: list[dict[str, object]] = [
+        {"columns": []},
+        {"columns": {"state": {"dtype": "O", "shape": [-1]}}},
+        {"bundles": [{"file": "../transitions-00000.safetensors"}]},
+        {"transitions": 6},
+        {"policy": "4"},
+    ]
+    rows = np.array([2, 3]).tobytes()
+    return [
+        *whole,
+        *(b"\0" + json.dumps(facts | lie).encode() for lie in lies),
+        *(whole[1].replace(rows, np.array(wrong).tobytes()) for wrong in ([2, 4], [5, 0], [-1, 6], [2**40, 3])),
+    ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -24,6 +24,18 @@ CONTROL = 8
 COMMIT = pack(ChunkId(b"incarnat", 3, 4, b"\x05"))
 
 
+class _Noted(ValueReply):
+    """Remembers the memory that it named."""
+
+    __slots__ = ("named",)
+
+    def bulk(self, size: int) -> tuple[Sequence[memoryview], Any]:
+        places, value = super().bulk(size)
+        value[:] = 0xEE
+        self.named = [*getattr(self, "named", []), value]
+        return places, value
+
+
 class _Asked:
     """A request, and the memory that its reply is received into."""
 
@@ -33,8 +45,8 @@ class _Asked:
         kinds: list[Callable[[], Reply]] = [
             Reply,
             lambda: Reply(2),
-            ValueReply,
-            lambda: ValueReply(length=2),
+            _Noted,
+            lambda: _Noted(length=2),
             lambda: ok_reply(2),
             lambda: value_reply(HEADER, first),
             lambda: rows_reply(HEADER, [first, second]),
@@ -42,6 +54,10 @@ class _Asked:
         ]
         self.kind = kind % len(kinds)
         self.reply = kinds[self.kind]()
+
+    def written(self) -> bytes:
+        """All that was received, or was there before."""
+        return b"".join([self.rows.tobytes(), *(value.tobytes() for value in getattr(self.reply, "named", []))])
 
     def result(self) -> Any:
         """What the caller would get; ``None`` while it waits."""
@@ -157,7 +173,7 @@ def fuzz_abandon(data: bytes) -> None:
             for number, piece in enumerate([*_pieces(replies, lengths), b""]):
                 if number == when and not asked[leaver].reply.done:
                     parser.abandon(asked[leaver].reply)
-                    seen = asked[leaver].rows.tobytes()
+                    seen = asked[leaver].written()
                 _feed(parser, piece)
         except ProtocolError as error:
             whole = False
@@ -165,7 +181,7 @@ def fuzz_abandon(data: bytes) -> None:
                 return
     if not asked[leaver].reply.abandoned:
         return
-    assert asked[leaver].rows.tobytes() == seen, "written after its caller had gone"
+    assert asked[leaver].written() == seen, "written after its caller had gone"
     assert _receive(others, replies, b"", 4096) == whole
     del asked[leaver], others[leaver]
     assert [one.result() for one in asked] == [one.result() for one in others]
@@ -178,6 +194,7 @@ def seeds() -> list[bytes]:
     row = bulk(HEADER + b"12345")
     entry = b"*2\r\n" + bulk(b"7-12") + b"*2\r\n" + bulk(b"c") + bulk(COMMIT)
     other = b"*2\r\n" + bulk(b"7-13") + b"*4\r\n" + bulk(b"c") + bulk(COMMIT) + bulk(b"a") + bulk(b"b")
+    short = b"*2\r\n" + bulk(b"7-14") + b"*2\r\n" + bulk(b"c") + bulk(b"abc")
     control = b"\x04\x02\x1f\x3b"
     plain = b"+OK\r\n:-7\r\n*3\r\n$-1\r\n*-1\r\n*0\r\n-ERR no\r\n"
     return [
@@ -193,5 +210,7 @@ def seeds() -> list[bytes]:
         + row
         + row,
         bytes([7, 7, 0, 1]) + control + b"*3\r\n" + entry + other + entry + b"*0\r\n" + b"*1\r\n" * 5 + plain,
+        bytes([7, 7, 7, 7]) + control + b"*3\r\n" + entry + short + entry + b"*2\r\n" + entry + short + b"-ERR no\r\n",
+        bytes([2, 3, 2, 2]) + control + bulk(b"x" * 90) + b"*2\r\n" + bulk(b"y" * 90) + bulk(b"") + b"$99999999999\r\n",
         bytes([0, 0, 0, 0]) + control + b"*1\r\n" * 33 + b"+" + b"a" * 210 + b"\r\n",
     ]

@@ -9,7 +9,7 @@ from . import entries, folders, replies, values
 
 
 class Target(NamedTuple):
-    """``run`` fails if something is wrong with these bytes; ``seeds`` makes valid input."""
+    """``run`` fails if something is wrong with these bytes; ``seeds`` makes valid input and plain lies."""
 
     run: Callable[[bytes], None]
     seeds: Callable[[], list[bytes]]

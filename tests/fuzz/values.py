@@ -58,7 +58,7 @@ def fuzz_npy(data: bytes) -> None:
             array = npy.decode(value)
         except DecodeError:
             return
-    assert array.nbytes <= len(data)
+    assert npy.parse_header(value).size + array.nbytes == len(data)
     assert array.flags.writeable
     if array.dtype.isbuiltin != 2:
         assert same(np.load(io.BytesIO(data), allow_pickle=False, max_header_size=npy.MAX_LITERAL), array)
@@ -178,19 +178,32 @@ def _records() -> list[bytes]:
 
 
 def npy_seeds() -> list[bytes]:
-    files = _arrays()
+    objects = npy.header_bytes(np.dtype("<i8"), (2,)).replace(b"'<i8'", b"'|O' ") + bytes(16)
+    files = [*_arrays(), objects]
     return [b"\0" + file for file in files] + [b"\1" + file[10:].rstrip(b"\0") for file in files[:9]]
 
 
 def safetensors_seeds() -> list[bytes]:
-    files = _records()
+    lies = [
+        b'{"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]},"b":{"dtype":"U8","shape":[1],"data_offsets":[2,3]}}',
+        b'{"a":{"dtype":"U8","shape":[2],"data_offsets":[0,2]},"b":{"dtype":"U8","shape":[2],"data_offsets":[1,3]}}',
+        b'{"a":{"dtype":"U8","shape":[9],"data_offsets":[0,3]}}',
+        b'{"a":{"dtype":"U8","shape":[3],"data_offsets":[0,3]},"a":{"dtype":"U8","shape":[3],"data_offsets":[0,3]}}',
+        b'{"a":' + b"[" * 995,
+    ]
+    files = [*_records(), *(_safetensors_header(text) + b"abc" for text in lies)]
     return [b"\0" + file for file in files] + [b"\1" + file[8:].rstrip(b"\0") for file in files[:5]]
 
 
 def _frames(file: bytes) -> list[bytes]:
     compressor = lz4.frame.LZ4FrameCompressor(block_linked=False, block_checksum=True, content_checksum=True)
     checked = compressor.begin(source_size=len(file)) + compressor.compress(file) + compressor.flush()
-    return [lz4.frame.compress(file), checked, b"\x50\x2a\x4d\x18\2\0\0\0ab" + lz4.frame.compress(file)]
+    whole = lz4.frame.compress(file)
+    lies = [
+        lz4.frame.LZ4FrameCompressor().begin(source_size=size) + whole[15:] for size in (2**40, 2**20, len(file) - 1)
+    ]
+    skippable = b"\x50\x2a\x4d\x18\2\0\0\0ab"
+    return [whole, checked, skippable + whole, whole + skippable, whole + b"\0", *lies]
 
 
 def codecs_seeds() -> list[bytes]:
@@ -209,6 +222,13 @@ def chunk_seeds() -> list[bytes]:
     for number, schema in enumerate(SCHEMAS):
         for rows in (1, 4):
             file = b"".join(ChunkBuffer(schema, 4).value(rows))
-            values = file, lz4.frame.compress(file), b"".join(npy.encode(np.zeros(3)))
+            values = (
+                file,
+                lz4.frame.compress(file),
+                b"".join(npy.encode(np.zeros(3))),
+                lz4.frame.compress(bytes(5 << 20)),
+            )
             found += [bytes([number]) + rows.to_bytes(2, "little") + value for value in values]
+            found.append(bytes([1 - number]) + rows.to_bytes(2, "little") + file)
+            found.append(bytes([number]) + (rows + 1).to_bytes(2, "little") + file)
     return found
