@@ -43,7 +43,7 @@ __all__ = [
 
 _ENTRY = struct.Struct("<8sII")
 FIELD = b"c"
-_COMMIT = re.compile(rb"\*2\r\n\$\d{1,2}\r\n\d{1,20}-(\d{1,20})\r\n\*2\r\n\$1\r\nc\r\n\$(\d{1,9})\r\n")
+_COMMIT = re.compile(rb"\*2\r\n\$(\d{1,2})\r\n(\d{1,20}-(\d{1,20}))\r\n\*2\r\n\$1\r\nc\r\n\$(\d{1,9})\r\n")
 """An entry of :data:`FIELD` alone, in RESP, up to the packed commit."""
 
 
@@ -127,12 +127,15 @@ class CommitsReply(Reply):
         match = _COMMIT.match(staging, start, end)
         if match is None:
             return None
+        id_size, raw_id, right, size = match.groups()
         at = match.end()
-        stop = at + int(match[2])
+        stop = at + int(size)
+        if int(id_size) != len(raw_id):
+            return None  # no RESP
         if stop + 2 > end or stop - at < _ENTRY.size or not staging.startswith(b"\r\n", stop):
             return None
         incarnation, seq, rows = _ENTRY.unpack_from(staging, at)
-        return ChunkId(incarnation, seq, rows, bytes(staging[at + _ENTRY.size : stop]), int(match[1])), stop + 2
+        return ChunkId(incarnation, seq, rows, bytes(staging[at + _ENTRY.size : stop]), int(right)), stop + 2
 
 
 def parse_commit(entry: list[Any]) -> ChunkId:

@@ -518,7 +518,8 @@ class Parser:
         if not template.verify():
             # The bytes of earlier calls lie in the template only, these here in both.
             template.received -= moved
-            self._replace_staging(*template.arrived(), self._view[start : self._end])
+            if template.received:  # only of the first: to move all the others for each of them would be quadratic
+                self._replace_staging(*template.arrived(), self._view[start : self._end])
             reply.template = None
             return True
         self._start += moved

@@ -17,7 +17,8 @@ from aionpredis.wire.resp import Parser, Reply
 from .guard import at_most
 
 HEADER, ROW = b"<header>", 5
-MAX_BULK = 1000
+MAX_BULK = 2000
+"""Bytes: more than the longest input has, which no shortcut may take for a string then."""
 CONTROL = 8
 """Bytes before the replies: four kinds of requests, then four lengths of pieces."""
 
