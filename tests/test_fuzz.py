@@ -66,11 +66,14 @@ FOUND: list[tuple[str, bytes]] = [
     # The shortcut for commits took an id that was shorter than announced, if all of the entry had come.
     (
         "abandon",
-        b"\x07\x07\x07\x07\x04\x02\x1f;*3\r\n*2\r\n$4\r\n7-12\r\n*2\r\n$1\r\nc\r\n$17\r\nincarnat\x03\0\0\0\x04\0\0\0\x05\r\n"
-        b"*2\r\n$4\r\n7-14\r\n*2\r\n$1\r\nc\r\n$3\r\nabc\r\n"
-        b"*2\r\n$4\r\n7-12\r\n*2\r\n$1\r\nc\r\n$17\r\nincarnat\x03\0\0\0\x04\0\0\0\x05\r\n"
-        b"*2\r\n*2\r\n$6\r\n7-12\r\n*2\r\n$1\r\nc\r\n$17\r\nincarnat\x03\0\0\0\x04\0\0\0\x05\r\n"
-        b"*2\r\n$4\r\n7-14\r\n*2\r\n$1\r\nc\r\n$3\r\nabc\r\n-ERR no\r\n",
+        (
+            b"\x07\x07\x07\x07\x04\x02\x1f;"
+            b"*3\r\n*2\r\n$4\r\n7-12\r\n*2\r\n$1\r\nc\r\n$17\r\nincarnat\x03\0\0\0\x04\0\0\0\x05\r\n"
+            b"*2\r\n$4\r\n7-14\r\n*2\r\n$1\r\nc\r\n$3\r\nabc\r\n"
+            b"*2\r\n$4\r\n7-12\r\n*2\r\n$1\r\nc\r\n$17\r\nincarnat\x03\0\0\0\x04\0\0\0\x05\r\n"
+            b"*2\r\n*2\r\n$6\r\n7-12\r\n*2\r\n$1\r\nc\r\n$17\r\nincarnat\x03\0\0\0\x04\0\0\0\x05\r\n"
+            b"*2\r\n$4\r\n7-14\r\n*2\r\n$1\r\nc\r\n$3\r\nabc\r\n-ERR no\r\n"
+        ),
     ),
 ]
 

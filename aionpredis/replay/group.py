@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import anyio
 
 from aionpredis import streams
-from aionpredis.errors import ServerError, UsageError
+from aionpredis.errors import CorruptValue, ServerError, UsageError
 from aionpredis.replay.log import FIELD, ChunkId, LogReader, Names, parse_commit
 from aionpredis.wire.connection import Connection
 
@@ -122,14 +122,18 @@ class GroupSource:
         return int((await self._client.call("XPENDING", self._names.log, self._group, repeatable=True))[0])
 
     async def _add(self, entries: list[Any]) -> None:
-        mine: list[list[Any]] = []
         others: list[bytes] = []
+        wrong: CorruptValue | None = None
         for entry in entries:
             raw_id, fields = entry
             if int(raw_id.partition(b"-")[0]) == self._log.run and fields and fields[0] == FIELD:
-                mine.append(entry)
+                try:
+                    self._chunks += self._log.checked(map(parse_commit, [entry]))
+                except CorruptValue as error:  # it stays pending, and does not hold up the others
+                    wrong = error
             else:
                 others.append(raw_id)  # of the next run, which has a group of its own
-        self._chunks += self._log.checked(map(parse_commit, mine))
         if others:
             await self._client.call("XACK", self._names.log, self._group, *others, repeatable=True)
+        if wrong is not None:
+            raise wrong

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -37,7 +37,7 @@ class _Noted(ValueReply):
         return places, value
 
 
-class _Asked:
+class Asked:
     """A request, and the memory that its reply is received into."""
 
     def __init__(self, kind: int) -> None:
@@ -115,7 +115,7 @@ def _feed(parser: Parser, piece: bytes) -> None:
         piece = piece[count:]
 
 
-def _pieces(data: bytes, lengths: bytes) -> Iterator[bytes]:
+def pieces(data: bytes, lengths: bytes) -> Iterator[bytes]:
     at = turn = 0
     while at < len(data):
         size = lengths[turn % len(lengths)] % 64 + 1
@@ -123,14 +123,14 @@ def _pieces(data: bytes, lengths: bytes) -> Iterator[bytes]:
         at, turn = at + size, turn + 1
 
 
-def _receive(asked: list[_Asked], data: bytes, lengths: bytes, staging: int) -> bool:
-    """Whether all of it was taken."""
+def receive(asked: list[Asked], data: Iterable[bytes], staging: int = 4096) -> bool:
+    """Whether all of it was taken, piece by piece, with a staging buffer of this size."""
     with _sizes(staging):
         parser = Parser(MAX_BULK)
         for one in asked:
             parser.expect(one.reply)
         try:
-            for piece in _pieces(data, lengths) if lengths else [data]:
+            for piece in data:
                 _feed(parser, piece)
         except ProtocolError:
             return False
@@ -143,10 +143,10 @@ def fuzz_resp(data: bytes) -> None:
     if not lengths:
         return
     outcomes = []
-    for cuts, staging in ((b"", 4096), (lengths, 64)):
-        asked = [_Asked(kind) for kind in kinds]
+    for cut, staging in (([replies], 4096), (pieces(replies, lengths), 64)):
+        asked = [Asked(kind) for kind in kinds]
         with at_most(100_000 + 400 * len(replies)):
-            whole = _receive(asked, replies, cuts, staging)
+            whole = receive(asked, cut, staging)
         outcomes.append((whole, [one.result() for one in asked]))
     assert outcomes[0] == outcomes[1]
 
@@ -161,8 +161,8 @@ def fuzz_abandon(data: bytes) -> None:
     if len(lengths) < 2:
         return
     leaver, when = lengths[0] % 4, lengths[1] % 16
-    asked = [_Asked(kind) for kind in kinds]
-    others = [_Asked(kind) for kind in kinds]
+    asked = [Asked(kind) for kind in kinds]
+    others = [Asked(kind) for kind in kinds]
     others[leaver].reply = _Any(others[leaver].reply.count)
     seen = b""
     whole = True
@@ -171,7 +171,7 @@ def fuzz_abandon(data: bytes) -> None:
         for one in asked:
             parser.expect(one.reply)
         try:
-            for number, piece in enumerate([*_pieces(replies, lengths), b""]):
+            for number, piece in enumerate([*pieces(replies, lengths), b""]):
                 if number == when and not asked[leaver].reply.done:
                     parser.abandon(asked[leaver].reply)
                     seen = asked[leaver].written()
@@ -183,7 +183,7 @@ def fuzz_abandon(data: bytes) -> None:
     if not asked[leaver].reply.abandoned:
         return
     assert asked[leaver].written() == seen, "written after its caller had gone"
-    assert _receive(others, replies, b"", 4096) == whole
+    assert receive(others, [replies]) == whole
     del asked[leaver], others[leaver]
     assert [one.result() for one in asked] == [one.result() for one in others]
 
