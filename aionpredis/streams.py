@@ -88,10 +88,7 @@ async def read_blocking(client: Client, stream: str, after: tuple[int, int], cou
         command = ("XREAD", "COUNT", count, "BLOCK", milliseconds, "STREAMS", stream, f"{after[0]}-{after[1]}")
         return (await ask(connection, command))[0]
 
-    try:
-        found = await alone(client, read)
-    except ServerError as error:
-        raise error.about("XREAD", stream) from None
+    found = await alone(client, read)
     return [] if found is None else list(_parse(found[0][1]))
 
 
