@@ -63,6 +63,12 @@ FOUND: list[tuple[str, bytes]] = [
     # A line beyond the limit was read if it came in one piece, and refused if it came in two.
     ("resp", b"\0\0\0\0\x04\x02\x1f;+" + b"a" * 230 + b"\r\n"),
     ("resp", b"\0\0\0\0\x04\x02\x1f;+" + b"a" * 199 + b"\r\n"),
+    # The stock library refuses an offset of -0.
+    (
+        "safetensors",
+        b'\x01{"\xcb\xa4\\n\xf0\x9f\x99\x82":{"dtype":"I64","shape":[1],"data_offsets":[-0,8]},'
+        b'"":{"dtype":"BOOL","shape":[1],"data_offsets":[8,9]}}      ',
+    ),
     # The shortcut for commits took an id that was shorter than announced, if all of the entry had come.
     (
         "abandon",

@@ -236,7 +236,9 @@ def parse(value: memoryview) -> Layout:
 def _parse(raw: bytes) -> Layout:
     try:
         # Decoded here, because json.loads(bytes) would also take UTF-16.
-        tree = json.loads(raw[8:].decode(), object_pairs_hook=_unique, parse_constant=_refuse, parse_float=_refuse)
+        tree = json.loads(
+            raw[8:].decode(), object_pairs_hook=_unique, parse_constant=_refuse, parse_float=_refuse, parse_int=_natural
+        )
     except (ValueError, RecursionError) as error:
         raise CorruptValue(f"the safetensors header makes no sense: {reprlib.repr(str(error))}") from error
     metadata = tree.pop(METADATA, {})
@@ -261,7 +263,13 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _refuse(text: str) -> NoReturn:
-    raise ValueError(f"{text} is not an integer")
+    raise ValueError(f"{reprlib.repr(text)} is no natural number")
+
+
+def _natural(text: str) -> int:
+    if text[0] == "-":  # -0, too, as the stock library has it
+        _refuse(text)
+    return int(text)
 
 
 def _column(name: str, fields: object) -> Column:
