@@ -66,8 +66,10 @@ FOUND: list[tuple[str, bytes]] = [
     # The stock library refuses an offset of -0.
     (
         "safetensors",
-        b'\x01{"\xcb\xa4\\n\xf0\x9f\x99\x82":{"dtype":"I64","shape":[1],"data_offsets":[-0,8]},'
-        b'"":{"dtype":"BOOL","shape":[1],"data_offsets":[8,9]}}      ',
+        (
+            b'\x01{"\xcb\xa4\\n\xf0\x9f\x99\x82":{"dtype":"I64","shape":[1],"data_offsets":[-0,8]},'
+            b'"":{"dtype":"BOOL","shape":[1],"data_offsets":[8,9]}}      '
+        ),
     ),
     # The shortcut for commits took an id that was shorter than announced, if all of the entry had come.
     (
