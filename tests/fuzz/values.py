@@ -23,6 +23,9 @@ from .guard import at_most
 LITERAL = 1_000
 """Bytes that a byte of a ``.npy`` header's literal may cost: Python's own parser makes a tree of it."""
 
+TABLES = 8_000_000
+"""Bytes by which Python's table of interned names may grow at once, which happens to whoever brings the next name."""
+
 JSON = 64
 """Bytes that a byte of JSON may cost: ``{},`` costs 27."""
 
@@ -53,7 +56,7 @@ def fuzz_npy(data: bytes) -> None:
     data = _whole(data, _npy_header, lambda header: npy.parse_header(header).nbytes)
     value = writable(data)
     npy._parse.cache_clear()
-    with at_most(100_000 + LITERAL * len(data)):
+    with at_most(TABLES + LITERAL * len(data)):
         try:
             array = npy.decode(value)
         except DecodeError:
