@@ -25,9 +25,8 @@ FILES = ("replay.json", "transitions-00000.safetensors", "policy.safetensors")
 
 @cache
 def _folder() -> Path:
-    """A saved replay, in memory where there is such a place."""
-    memory = Path("/dev/shm")
-    folder = Path(tempfile.mkdtemp(prefix="fuzz-", dir=memory if memory.is_dir() else None))
+    """A saved replay."""
+    folder = Path(tempfile.mkdtemp(prefix="fuzz-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     rows = 5
     record: dict[str, object] = {name: np.zeros((rows, *shape), dtype) for name, (dtype, shape) in SCHEMA.items()}
