@@ -98,7 +98,7 @@ class Connection:
                 self._send()
             else:
                 self._send_first(buffers, reply)
-            if self._parked and self._outbox:
+            if self._parked and self._sock.waits_for_write(bool(self._outbox)):
                 self._ready.poke()  # it waits for reading only
         else:
             self._outbox.append(_Outgoing(buffers, reply))
@@ -157,7 +157,7 @@ class Connection:
             if patience > 0:
                 continue
             patience = PATIENCE
-            write = bool(self._outbox) or self._sock.wants_write
+            write = self._sock.waits_for_write(bool(self._outbox))
             self._parked = not write
             try:
                 ready = await self._ready.wait(write=write, timeout=self._timeout)
