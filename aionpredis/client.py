@@ -43,6 +43,7 @@ from aionpredis.requests import (
     row_views,
     rows_reply,
     set_command,
+    slice_keys,
     ttl_options,
     value_reply,
     values_reply,
@@ -62,9 +63,6 @@ if TYPE_CHECKING:
 __all__ = ["Client", "connect"]
 
 T = TypeVar("T")
-
-MAX_SLICE_KEYS = 256
-"""Keys in one MGET, however small the values are."""
 
 
 class Client:
@@ -242,7 +240,7 @@ class Client:
                 while asked < len(names) and not pipeline.full:
                     header, nbytes = self._last_loaded
                     size = len(header) + nbytes  # 0: nothing is known, so ask for one
-                    chosen = names[asked : asked + (_slice_keys(size) if size else 1)]
+                    chosen = names[asked : asked + (slice_keys(size) if size else 1)]
                     command = resp.encode_bytes([b"MGET", *chosen])
                     if size:
                         memories = [aligned_empty(nbytes) for _ in chosen]
@@ -276,7 +274,7 @@ class Client:
         header = _header(out)
         rows = row_views(out)
         size = len(header) + len(rows[0])
-        step = _slice_keys(size)
+        step = slice_keys(size)
         pipeline: Pipeline[int] = Pipeline(self)
         asked = 0
         try:
@@ -488,11 +486,6 @@ class Client:
 
 def _with(command: Sequence[Buffer], reply: Callable[[], Reply]) -> tuple[Sequence[Buffer], Reply]:
     return command, reply()
-
-
-def _slice_keys(size: int) -> int:
-    """How many values of ``size`` bytes one MGET asks for."""
-    return max(1, min(MAX_SLICE_KEYS, SLICE // size))
 
 
 def _header(out: NDArray[Any]) -> bytes:

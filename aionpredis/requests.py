@@ -27,10 +27,12 @@ __all__ = [
     "key_bytes",
     "nbytes",
     "ok_reply",
+    "parts_reply",
     "row_views",
     "rows_reply",
     "set_array",
     "set_command",
+    "slice_keys",
     "ttl_options",
     "value_reply",
     "values_reply",
@@ -51,6 +53,9 @@ SLICE = 200_000
 """Bytes of values that one request asks for: 16 arrays of 12.8 kB, or one chunk of 205 kB. One large MGET reaches 0.78 of the
 C client, slices 0.97; two such chunks in one request take 5.1 µs a transition, one 4.8. That is as much as fits into the
 send buffer of a server's Unix socket (Linux' ``net.core.wmem_default``, 208 KiB), so it is written in one go."""
+
+MAX_SLICE_KEYS = 256
+"""Keys in one MGET, however small the values are."""
 
 IN_THREAD = 256 * 1024
 """Bytes from which on a codec works in a worker thread: LZ4 needs ~0.2 ms for them, a hop to a thread ~0.1 ms."""
@@ -175,6 +180,11 @@ def _all_ok(count: int) -> Pattern:
     return Pattern([b"+OK\r\n" * count])
 
 
+def slice_keys(size: int) -> int:
+    """How many values of ``size`` bytes one MGET asks for."""
+    return max(1, min(MAX_SLICE_KEYS, SLICE // size))
+
+
 def ok_reply(count: int = 1) -> Reply:
     """Expects ``+OK`` from each of ``count`` commands."""
     return Reply(count, Template(_all_ok(count), ()))
@@ -196,11 +206,11 @@ def _value(header: bytes, size: int) -> Pattern:
 
 
 @lru_cache(64)
-def _values(header: bytes, size: int, count: int) -> Pattern:
-    head = b"$%d\r\n%b" % (len(header) + size, header)
-    items: list[bytes | int] = [b"*%d\r\n%b" % (count, head), size]
+def _values(header: bytes, sizes: tuple[int, ...], count: int) -> Pattern:
+    head = b"$%d\r\n%b" % (len(header) + sum(sizes), header)
+    items: list[bytes | int] = [b"*%d\r\n%b" % (count, head), *sizes]
     for _ in range(count - 1):
-        items += (b"\r\n" + head, size)
+        items += (b"\r\n" + head, *sizes)
     return Pattern([*items, b"\r\n"])
 
 
@@ -211,7 +221,12 @@ def value_reply(header: bytes, memory: memoryview) -> ValueReply:
 
 def rows_reply(header: bytes, rows: Sequence[memoryview]) -> ValueReply:
     """What MGET answers when every value is ``header`` and as many bytes as a row has; they go straight into ``rows``."""
-    return ValueReply(1, Template(_values(header, len(rows[0]), len(rows)), rows))
+    return ValueReply(1, Template(_values(header, (len(rows[0]),), len(rows)), rows))
+
+
+def parts_reply(header: bytes, sizes: tuple[int, ...], places: Sequence[memoryview]) -> ValueReply:
+    """Like :func:`rows_reply`, but what follows each ``header`` goes to several places of these ``sizes``, none of them 0."""
+    return ValueReply(1, Template(_values(header, sizes, len(places) // len(sizes)), places))
 
 
 def values_reply(header: bytes, memories: Sequence[NDArray[np.uint8]]) -> ValueReply:

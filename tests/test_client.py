@@ -22,7 +22,6 @@ from hypothesis import strategies as st
 
 import aionpredis
 from aionpredis import Client, Server
-from aionpredis.client import MAX_SLICE_KEYS
 from aionpredis.errors import (
     AionpredisError,
     AuthenticationError,
@@ -40,7 +39,7 @@ from aionpredis.errors import (
 )
 from aionpredis.formats import npy
 from aionpredis.pipeline import Pipeline
-from aionpredis.requests import ValueReply
+from aionpredis.requests import MAX_SLICE_KEYS, ValueReply
 from aionpredis.wire.resp import encode
 
 from . import strategies

@@ -11,6 +11,7 @@ import anyio
 import numpy as np
 import pytest
 import redis
+import safetensors.numpy
 from numpy.typing import NDArray
 
 import aionpredis
@@ -20,6 +21,7 @@ from aionpredis import (
     Fifo,
     Lifo,
     Newest,
+    NotAnArray,
     NStep,
     Prioritized,
     Replay,
@@ -370,6 +372,31 @@ async def test_chunks_that_are_gone_are_drawn_again_and_counted(url: str, stock:
             await sampler.sample()
         assert scope.cancelled_caught
         assert len(sampler) == 0
+
+
+async def test_files_of_single_transitions_that_are_not_as_expected(url: str, stock: redis.Redis) -> None:
+    """Gone, or written by other software (another header, compressed) among others that are as always."""
+    async with aionpredis.connect(url) as client:
+        replay = await filled(client, 60, chunk=1, schema=SCHEMA)
+        sampler = await replay.sampler(batch=200, seed=9)
+        check(await sampler.sample(), SCHEMA)
+        keys = sorted(data_keys(stock))
+        stock.delete(*keys[:4])
+        for number, key in enumerate(keys[4:20]):
+            record = await client.get_record(key)
+            assert record is not None
+            if number % 2:
+                await client.set_record(key, dict(reversed(record.items())), codec="lz4")
+            else:
+                value = safetensors.numpy.save({name: np.array(array) for name, array in record.items()})
+                stock.set(key, value)
+        for _ in range(5):
+            check(await sampler.sample(), SCHEMA)
+        assert sampler.stats.lost == 4
+        stock.set(keys[30], b"something else")
+        with pytest.raises(NotAnArray, match=keys[30].decode()):
+            for _ in range(5):
+                await sampler.sample()
 
 
 async def test_drawn_chunks_that_are_gone_are_replaced(url: str, stock: redis.Redis) -> None:

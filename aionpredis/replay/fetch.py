@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -20,8 +19,10 @@ from aionpredis.errors import ServerError
 from aionpredis.pipeline import Pipeline
 from aionpredis.replay.chunk import open_chunk
 from aionpredis.replay.index import Ids, Index
-from aionpredis.replay.log import ChunkId, Names
+from aionpredis.replay.log import Names
+from aionpredis.replay.plan import Plan, make_plan
 from aionpredis.replay.schema import Schema
+from aionpredis.replay.singles import Singles, place
 from aionpredis.requests import SLICE, ValueReply, get_command
 from aionpredis.wire.resp import Buffer, Pattern, Template
 
@@ -32,10 +33,6 @@ __all__ = ["Arrays", "Fetcher"]
 
 Arrays = dict[str, NDArray[Any]]
 _Memory = dict[str, NDArray[np.uint8]]
-
-SMALL_ROW, SMALL = 256, 32 * 1024
-"""Bytes of a column, for one transition and in one chunk, up to which all of it is fetched and kept: another command costs as
-much as ~10 kB, and what is kept costs nothing the next time."""
 
 KEPT_BYTES = 64 << 20
 """Bytes of small columns that a learner keeps, for each length of chunks. 1 M transitions of 80x80 states with an action, a
@@ -49,7 +46,7 @@ MAX_RUNS = 32
 
 
 class _Run(NamedTuple):
-    """``length`` rows of a chunk from ``row`` on, which go to the batch from ``target`` on.
+    """``length`` of a chunk's ``rows`` rows from ``row`` on, which go to the batch from ``target`` on.
 
     ``slot``: where the chunk's small columns are, or go, in their pool; ``is_kept``: they are there; ``is_first``: else this
     run brings them, not another one of the same chunk.
@@ -57,6 +54,7 @@ class _Run(NamedTuple):
 
     chunk: int
     key: bytes
+    rows: int
     row: int
     length: int
     target: int
@@ -71,60 +69,6 @@ class _Part(NamedTuple):
     command: bytes
     head: bytes
     places: list[memoryview]
-
-
-@dataclass(frozen=True, slots=True)
-class _Plan:
-    """How chunks of ``rows`` transitions are asked for. Places are bytes from the start of the file.
-
-    ``head``: the file's header, which must be as expected. ``blocks``: first and last byte of what is fetched whole, the
-    first one with the header. ``large``: name, first byte, and bytes a row. ``small``: name, bytes a row, and where the
-    column lies in the blocks together, without the header. ``order``: for each column of the file its name if it is large,
-    else the bytes of all small ones up to the next. ``all_wanted``: no large column is left out. ``row_bytes``: of the large
-    columns in a row; ``small_bytes``: of the small ones and the header.
-    """
-
-    rows: int
-    head: bytes
-    blocks: list[tuple[int, int]]
-    large: list[tuple[str, int, int]]
-    small: list[tuple[str, int, int]]
-    order: list[Any]
-    scratch_bytes: int
-    all_wanted: bool
-    row_bytes: int
-    small_bytes: int
-
-
-def _plan(schema: Schema, rows: int, wanted: Sequence[str]) -> _Plan:
-    layout = schema.layout(rows)
-    start = len(layout.header)
-    blocks = [(0, start)]
-    large: list[tuple[str, int, int]] = []
-    small: list[tuple[str, int, int]] = []
-    order: list[Any] = []
-    scratch = 0
-    for name in layout.order:
-        column = layout.columns[name]
-        size = column.stop - column.start
-        if size > SMALL or size > rows * SMALL_ROW:
-            if name in wanted:
-                large.append((name, start + column.start, size // rows))
-            order.append(name)
-            continue
-        if blocks[-1][1] == start + column.start:
-            blocks[-1] = (blocks[-1][0], start + column.stop)
-        else:
-            blocks.append((start + column.start, start + column.stop))
-        small.append((name, size // rows, scratch))
-        if order and isinstance(order[-1], int):
-            order[-1] += size
-        elif size:
-            order.append(size)
-        scratch += size
-    complete = len(large) == sum(isinstance(part, str) for part in order)
-    row_bytes = sum(size for _, _, size in large)
-    return _Plan(rows, layout.header, blocks, large, small, order, scratch, complete, row_bytes, scratch + start)
 
 
 class _Pool:
@@ -180,10 +124,7 @@ class _Pool:
 class _Job:
     """What one call of :meth:`Fetcher.fetch` asks for, and where it goes."""
 
-    def __init__(
-        self, chunks: list[ChunkId], plans: dict[int, _Plan], pools: dict[int, _Pool], memory: _Memory
-    ) -> None:
-        self._chunks = chunks
+    def __init__(self, plans: dict[int, Plan], pools: dict[int, _Pool], memory: _Memory) -> None:
         self._plans = plans
         self._rows = {name: (array.reshape(-1).data, array.shape[1]) for name, array in memory.items() if array.size}
         self._small = {
@@ -191,8 +132,8 @@ class _Job:
             for rows, pool in pools.items()
         }
 
-    def plan(self, run: _Run) -> _Plan:
-        return self._plans[self._chunks[run.chunk].rows]
+    def plan(self, run: _Run) -> Plan:
+        return self._plans[run.rows]
 
     def parts(self, run: _Run) -> list[_Part]:
         """The commands for a run."""
@@ -253,9 +194,10 @@ class Fetcher:
         self._schema = schema
         self._run = run
         self._index = index
-        self._plans: dict[tuple[int, tuple[str, ...]], _Plan] = {}
+        self._plans: dict[tuple[int, tuple[str, ...]], Plan] = {}
         self._pools: dict[int, _Pool] = {}  # by rows of a chunk
         self._patterns: dict[Any, Pattern] = {}
+        self._singles: dict[tuple[str, ...], Singles] = {}
 
     async def fetch(self, ids: Ids, out: Arrays) -> NDArray[np.bool_]:
         """Receive the transitions into ``out``: by column, shape ``(len(ids), *shape)``, C-contiguous, writable.
@@ -275,30 +217,35 @@ class Fetcher:
 
     async def _fetch(self, ids: Ids, out: Arrays) -> NDArray[np.bool_]:
         found = np.ones(len(ids), np.bool_)
-        known = self._index.chunks
         memory = {name: _bytes(array) for name, array in out.items()}
         chunks, rows = self._index.locate(ids)
-        numbers = list(dict.fromkeys(chunks.tolist()))
-        keys = {number: self._names.data(self._run, known[number]) for number in numbers}
-        plans = {length: self._plan(length, tuple(out)) for length in {known[number].rows for number in numbers}}
+        lengths = self._index.lengths(chunks)
+        if (lengths == 1).all():
+            plan = self._plan(1, tuple(out))
+            if plan.large and plan.all_wanted:
+                return await self._fetch_singles(plan, chunks, out, memory)
+        length_of = dict(zip(chunks.tolist(), lengths.tolist(), strict=True))
+        numbers = list(length_of)
+        keys = dict(zip(numbers, self._names.data_of(self._run, self._index.origins(np.array(numbers))), strict=True))
+        plans = {length: self._plan(length, tuple(out)) for length in set(length_of.values())}
         slots: dict[int, tuple[int, bool]] = {}
         for length, plan in plans.items():
             pool = self._pools.get(length)
             if pool is None:
                 # A chunk of one large transition comes by one GET, small columns and all.
                 pool = self._pools[length] = _Pool(plan.scratch_bytes, keeps=length > 1 or not plan.large)
-            alike = [number for number in numbers if known[number].rows == length]
+            alike = [number for number in numbers if length_of[number] == length]
             slots.update(zip(alike, pool.reserve([keys[number] for number in alike]), strict=True))
-        runs = _runs(chunks, rows, keys, slots)
+        runs = _runs(chunks, rows, keys, slots, length_of)
         pools = {length: self._pools[length] for length in plans}
-        job = _Job(known, plans, pools, memory)
+        job = _Job(plans, pools, memory)
         lost = {run.chunk for run in await self._receive(runs, job, tuple(out))}
         for number in numbers:
             if number not in lost:
-                self._pools[known[number].rows].keep(keys[number], slots[number][0])
+                self._pools[length_of[number]].keep(keys[number], slots[number][0])
         for number in lost:
             await self._fetch_whole(number, chunks, rows, out, found)
-        lengths = np.array([0 if number in lost else known[number].rows for number in chunks.tolist()])
+        lengths[np.isin(chunks, list(lost))] = 0
         slot = np.array([slots[number][0] for number in chunks.tolist()])
         for length, plan in plans.items():
             chosen = np.flatnonzero(lengths == length)
@@ -309,10 +256,26 @@ class Fetcher:
                     memory[name][chosen] = column[np.arange(len(chosen)), rows[chosen]]
         return found
 
-    def _plan(self, rows: int, wanted: tuple[str, ...]) -> _Plan:
+    async def _fetch_singles(self, plan: Plan, chunks: Ids, out: Arrays, memory: _Memory) -> NDArray[np.bool_]:
+        wanted = tuple(out)
+        singles = self._singles.get(wanted)
+        if singles is None:
+            singles = self._singles[wanted] = Singles(self._client, plan)
+        keys = self._names.data_of(self._run, self._index.origins(chunks))
+        lost = await singles.fetch(keys, out)
+        found = np.ones(len(chunks), np.bool_)
+        for name, size, offset in plan.small:
+            if name in out and size:
+                memory[name][:] = singles.small[: len(chunks), offset : offset + size]
+        rows = np.zeros(len(chunks), np.int64)
+        for number in set(chunks[lost].tolist()):
+            await self._fetch_whole(number, chunks, rows, out, found)
+        return found
+
+    def _plan(self, rows: int, wanted: tuple[str, ...]) -> Plan:
         plan = self._plans.get((rows, wanted))
         if plan is None:
-            self._plans[rows, wanted] = plan = _plan(self._schema, rows, wanted)
+            self._plans[rows, wanted] = plan = make_plan(self._schema, rows, wanted)
         return plan
 
     async def _receive(self, runs: list[_Run], job: _Job, wanted: tuple[str, ...]) -> list[_Run]:
@@ -330,7 +293,7 @@ class Fetcher:
                 if not reply.matched:
                     values = iter(reply.values)
                     for run in asked:
-                        fits = [_place(next(values), part) for part in job.parts(run)]  # each takes its value
+                        fits = [place(_checked(next(values)), part.head, part.places) for part in job.parts(run)]
                         if not all(fits):
                             lost.append(run)
         finally:
@@ -338,8 +301,7 @@ class Fetcher:
 
     def _request(self, group: list[_Run], job: _Job, wanted: tuple[str, ...]) -> tuple[Sequence[Buffer], ValueReply]:
         parts = [part for run in group for part in job.parts(run)]
-        known = self._index.chunks
-        signature = wanted, *[(known[run.chunk].rows, run.length, run.is_first, run.is_kept) for run in group]
+        signature = wanted, *[(run.rows, run.length, run.is_first, run.is_kept) for run in group]
         pattern = self._patterns.get(signature)
         if pattern is None:
             if len(self._patterns) >= 1024:
@@ -350,7 +312,7 @@ class Fetcher:
 
     async def _fetch_whole(self, number: int, chunks: Ids, rows: Ids, out: Arrays, found: NDArray[np.bool_]) -> None:
         """A chunk that is gone, or is another file than expected."""
-        chunk = self._index.chunks[number]
+        chunk = self._index.chunk(number)
         key = self._names.data(self._run, chunk)
         chosen = np.flatnonzero(chunks == number)
         value = await self._client.get_value(key)
@@ -374,21 +336,15 @@ def _pattern(parts: list[_Part]) -> Pattern:
     return Pattern([*items, literal])
 
 
-def _place(value: Any, part: _Part) -> bool:
-    """Copy a reply that came with others than expected; whether it is what this part asked for."""
+def _checked(value: Any) -> Any:
     if isinstance(value, ServerError):
         raise value
-    head, places = part.head, part.places
-    if value is None or len(value) != len(head) + sum(map(len, places)) or value[: len(head)].tobytes() != head:
-        return False
-    at = len(head)
-    for place in places:
-        place[:] = value[at : at + len(place)].data
-        at += len(place)
-    return True
+    return value
 
 
-def _runs(chunks: Ids, rows: Ids, keys: dict[int, bytes], slots: dict[int, tuple[int, bool]]) -> list[_Run]:
+def _runs(
+    chunks: Ids, rows: Ids, keys: dict[int, bytes], slots: dict[int, tuple[int, bool]], length_of: dict[int, int]
+) -> list[_Run]:
     """Series of rows that follow each other both in their chunk and in the batch."""
     starts = np.flatnonzero(np.r_[True, (np.diff(chunks) != 0) | (np.diff(rows) != 1)])
     counts = np.diff(starts, append=len(chunks))
@@ -398,7 +354,7 @@ def _runs(chunks: Ids, rows: Ids, keys: dict[int, bytes], slots: dict[int, tuple
         chunks[starts].tolist(), rows[starts].tolist(), counts.tolist(), starts.tolist(), strict=True
     ):
         slot, is_kept = slots[chunk]
-        runs.append(_Run(chunk, keys[chunk], row, count, start, slot, chunk not in seen, is_kept))
+        runs.append(_Run(chunk, keys[chunk], length_of[chunk], row, count, start, slot, chunk not in seen, is_kept))
         seen.add(chunk)
     return runs
 

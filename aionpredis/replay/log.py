@@ -10,6 +10,7 @@ import re
 import struct
 import zlib
 from collections import deque
+from collections.abc import Iterable
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -48,6 +49,11 @@ class Names:
 
     def data(self, run: int, chunk: ChunkId) -> bytes:
         return b"%b%d" % (_data_prefix(self.name, run, chunk.incarnation), chunk.seq)
+
+    def data_of(self, run: int, origins: Iterable[tuple[bytes, int]]) -> list[bytes]:
+        """:meth:`data` for the chunks of these incarnations and sequence numbers."""
+        name = self.name
+        return [b"%b%d" % (_data_prefix(name, run, incarnation), seq) for incarnation, seq in origins]
 
     def data_pattern(self, run: int | str) -> str:
         """For ``SCAN … MATCH``. A name's characters have no meaning in a pattern, but for the brackets it cannot have."""

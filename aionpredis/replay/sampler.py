@@ -256,7 +256,7 @@ class Sampler:
 
     async def _report(self, *, now: bool) -> None:
         """Tell the actors how far this learner is: it has seen what the samples so far entitle it to."""
-        if self._progress is None or not self._index.chunks:
+        if self._progress is None or not self._index.chunk_count:
             return
         entry = self._log.entry
         if not math.isinf(self._ratio):
@@ -264,7 +264,7 @@ class Sampler:
             low, high = self._index.span
             if used < high:
                 chunk, _ = self._index.locate(np.array([max(low, used)]))
-                entry = self._index.chunks[int(chunk[0])].entry - 1
+                entry = self._index.chunk(int(chunk[0])).entry - 1
         await self._progress.note(entry, now=now)
 
     async def _wait_for_more(self) -> None:
