@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from aionpredis import codecs
 from aionpredis.codecs import Codec
-from aionpredis.commands import check_shared
+from aionpredis.commands import check_shared, refused
 from aionpredis.errors import (
     ConnectError,
     ConnectionLost,
@@ -372,7 +372,10 @@ class Client:
     async def call(self, *arguments: Any, repeatable: bool = False) -> Any:
         """:meth:`execute` unchecked; ``repeatable``: running it twice is harmless, so it survives a broken connection."""
         reply = await self.request(lambda: (resp.encode(*arguments), Reply()), repeatable=repeatable)
-        return _raise(reply.values[0], arguments[0])
+        value = reply.values[0]
+        if isinstance(value, ServerError):
+            raise refused(value, arguments)
+        return value
 
     async def call_many(self, commands: Sequence[Sequence[Any]], *, repeatable: bool = False) -> list[Any]:
         """Several commands in one pipeline; their replies in order, :class:`ServerError` instances among them."""
@@ -380,6 +383,9 @@ class Client:
             return []
         buffers = [buffer for command in commands for buffer in resp.encode(*command)]
         reply = await self.request(lambda: (buffers, Reply(len(commands))), repeatable=repeatable)
+        for value, command in zip(reply.values, commands, strict=True):
+            if isinstance(value, ServerError):
+                refused(value, command)
         return reply.values
 
     # --- larger things -------------------------------------------------------------------------------------------------

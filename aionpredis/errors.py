@@ -129,8 +129,8 @@ class OutcomeUnknown(ConnectionLost):
 class ServerError(AionpredisError):
     """The server answered with an error.
 
-    ``code``: its first word (``WRONGTYPE``, ``NOAUTH``, …); ``command``: the name of the command; ``key``: where one is
-    meant.
+    ``code``: its first word (``WRONGTYPE``, ``NOPERM``, …); ``command``: the name of the command; ``key``: where one is
+    meant. Of ``NOPERM`` the message says which rule the user's ACL lacks.
     """
 
     def __init__(self, message: str, *, command: str | None = None, key: str | bytes | None = None) -> None:
@@ -141,6 +141,10 @@ class ServerError(AionpredisError):
 
     def __str__(self) -> str:
         message = super().__str__()
+        if "NOPERM" in message and self.command:  # EXEC's begins with another word
+            key = self.key.decode("utf-8", "backslashreplace") if isinstance(self.key, bytes) else self.key
+            rule = f"+{self.command.lower().replace(' ', '|')}" + (f" together with ~{key}" if key else "")
+            message += f"; the user's ACL needs {rule}"
         about = [part for part in (self.command, self.key and f"key {self.key!r}") if part]
         return f"{message} [{', '.join(about)}]" if about else message
 

@@ -108,7 +108,7 @@ class Policy:
             keys = self._keys(version, fields)
             for index, (key, part) in enumerate(zip(keys, parts, strict=True)):
                 value = await client.encode_value(encode_record, part, None, self.name)
-                await client.send(set_command(key.encode(), value, ttl_options(lease * (len(keys) - index))))
+                await client.send(set_command(key.encode(), value, ttl_options(lease * (len(keys) - index))), key)
             if await streams.claim(client, self._stream, version, fields, make=True):
                 if await self._persist(keys):
                     break

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import anyio
 
+from aionpredis.commands import refused
 from aionpredis.errors import AionpredisError, ConnectError, ConnectionLost, ServerError
 from aionpredis.pipeline import ATTEMPTS, BACKOFF, FINAL
 from aionpredis.wire import resp
@@ -104,9 +105,9 @@ async def ask(connection: Connection, *commands: Sequence[Any]) -> list[Any]:
     reply = Reply(len(commands))
     buffers = [buffer for command in commands for buffer in resp.encode(*command)]
     await connection.wait(connection.submit(buffers, reply))
-    for value in reply.values:
+    for value, command in zip(reply.values, commands, strict=True):
         if isinstance(value, ServerError):
-            raise value
+            raise refused(value, command)
     return reply.values
 
 

@@ -312,7 +312,7 @@ async def test_execute_returns_what_the_server_says(url: str) -> None:
         assert await client.execute("RPUSH", "l", "a", b"b", 1.5, STATE.data) == 4
         assert await client.execute("LRANGE", "l", 0, -1) == [b"a", b"b", b"1.5", STATE.tobytes()]
         assert await client.execute("EVAL", "return {1,{2,{}},false}", 0) == [1, [2, []], None]
-        with pytest.raises(ServerError, match=r"^WRONGTYPE.*\[GET\]$") as raised:
+        with pytest.raises(ServerError, match=r"^WRONGTYPE.*\[GET, key 'l'\]$") as raised:
             await client.execute("GET", "l")
         assert raised.value.code == "WRONGTYPE"
         assert await client.execute("XREAD", "COUNT", 1, "STREAMS", "block", "0") is None

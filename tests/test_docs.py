@@ -13,6 +13,7 @@ import anyio
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from redis import UsernamePasswordCredentialProvider
 
 import aionpredis
 from aionpredis import Replay, Run, RunEnded, Schema
@@ -133,6 +134,10 @@ async def test_block_runs(url: str, tmp_path: Path, capsys: pytest.CaptureFixtur
         await append(replay, 300)
         namespace = {name: getattr(aionpredis, name) for name in aionpredis.__all__ if not name.startswith("_")} | {
             "act": act,
+            "ca_file": __file__,  # any file: it is not read before connecting
+            "certificate_file": __file__,
+            "key_file": __file__,
+            "provider": UsernamePasswordCredentialProvider("actor", "p@ssword"),
             "aionpredis": aionpredis,
             "anyio": anyio,
             "client": client,

@@ -276,6 +276,7 @@ class Committer:
                 self._advance(commit, value)
                 continue
             value.command = commit.step.value
+            value.key = self._names.log if commit.step in (_Step.LOG, _Step.FIND) else commit.key
             if commit.step is _Step.LOG and streams.is_stale(value):
                 self.ended = True
                 self._queue(commit, _Step.FIND if commit.repeated else _Step.DROP)

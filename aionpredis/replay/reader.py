@@ -399,7 +399,9 @@ class Batches:
         self._arrived += [pair for pair in zip(group, values, strict=True) if not isinstance(pair[1], ServerError)]
         if refused:
             self._ask(refused)  # if somebody calls again
-            raise next(value for value in values if isinstance(value, ServerError))
+            error: ServerError = next(value for value in values if isinstance(value, ServerError))
+            error.command, error.key = "GET", refused[0].key
+            raise error
 
     async def _place(self, wanted: _Wanted, value: NDArray[np.uint8] | None) -> None:
         """Take a chunk that was not predicted: the first of its length, or one that is not there."""

@@ -64,6 +64,7 @@ class Singles:
                 if not reply.matched:
                     values = reply.values[0]
                     if isinstance(values, ServerError):
+                        values.command, values.key = "MGET", keys[start]
                         raise values
                     for number, value in enumerate(values, start):
                         if not place(value, head, places[number * count : (number + 1) * count]):

@@ -32,8 +32,12 @@ from aionpredis.wire.socket import Socket, wrap
 __all__ = ["Dialer"]
 
 # AuthenticationError is a redis ConnectionError in every release, so it is asked for first. NOAUTH comes as itself,
-# WRONGPASS as either, NOPERM (an ACL user who may not SELECT) as a ResponseError.
-_REFUSED = (redis.AuthenticationError, redis.exceptions.AuthorizationError)
+# WRONGPASS as either, NOPERM (an ACL user who may not SELECT) as a ResponseError. All without that word.
+_REFUSED = (
+    redis.AuthenticationError,
+    redis.exceptions.AuthorizationError,
+    redis.exceptions.NoPermissionError,
+)
 
 _LOOKS_LIKE = "a URL looks like redis://host:6379/0, rediss://host:6379 or unix:///path/to/socket"
 
@@ -90,11 +94,11 @@ class Dialer:
             "retry": Retry(NoBackoff(), 0),
             **options,
         }
+        self._tls = url.startswith("rediss://")
         problem = ""
         try:
             settings |= parse_url(url)  # type: ignore[no-untyped-call]
             settings["protocol"] = 2  # whatever an environment's REDIS_URL asks for
-            self._tls = url.startswith("rediss://")
             if self._tls:
                 _check_tls(settings)
             self._credentials = settings.get("credential_provider")
@@ -150,8 +154,8 @@ class Dialer:
         except (redis.RedisError, OSError, ValueError) as error:
             secrets = self._secrets(arguments)
             message = _scrub(str(error), secrets)
-            if isinstance(error, _REFUSED) or message.startswith(("WRONGPASS", "NOAUTH", "NOPERM")):
-                failure = AuthenticationError(f"{self.url} refused to let us in: {message}{_who(message)}")
+            if isinstance(error, _REFUSED) or message.startswith(("WRONGPASS", "NOAUTH")):
+                failure = AuthenticationError(f"{self.url} refused to let us in: {message} ({_who(error)})")
             else:
                 failure = ConnectError(self._describe(message, error))
             cause = error if not any(secret in repr(each) for each in chain(error) for secret in secrets) else None
@@ -224,10 +228,10 @@ def _greet(connection: Any, name: str | None) -> None:
         raise
 
 
-def _who(message: str) -> str:
-    if message.startswith("NOPERM"):
-        return " (this user's ACL lacks it)"
-    return " (user and password: redis://user:password@…, username= and password=, or credential_provider=)"
+def _who(error: Exception) -> str:
+    if isinstance(error, redis.exceptions.NoPermissionError):
+        return "what this user's ACL allows is not enough to connect"
+    return "user and password: redis://user:password@…, username= and password=, or credential_provider="
 
 
 def _scrub(message: str, secrets: list[str]) -> str:

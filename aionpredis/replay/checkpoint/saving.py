@@ -175,6 +175,7 @@ class _Saving:
                 reply, group = await pipeline.next()
                 for chunk, value in zip(group, reply.values, strict=True):
                     if isinstance(value, ServerError):
+                        value.command, value.key = "GET", self._names.data(self._run, chunk)
                         raise value
                     yield chunk, value
         finally:
