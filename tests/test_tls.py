@@ -26,9 +26,9 @@ from aionpredis.wire.resp import MAX_BULK, Reply, encode
 from aionpredis.wire.socket import RECORD, TLSSocket, wrap
 
 from .replays import SCHEMA, fill, uids
-from .servers import make_server
+from .servers import free_port, make_server
 from .strategies import equal
-from .tls import Certificates, Terminator, free_port, tls_server
+from .tls import Certificates, Terminator, tls_server
 
 pytestmark = pytest.mark.anyio
 

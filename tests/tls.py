@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import datetime
-import socket
 import ssl
 import threading
 from collections.abc import Iterator
@@ -19,7 +18,7 @@ import trustme
 
 from aionpredis.errors import ConnectError
 
-from .servers import make_server
+from .servers import free_port, make_server
 
 LONG_AGO = datetime.datetime(2001, 1, 1, tzinfo=datetime.UTC)
 
@@ -54,12 +53,6 @@ class Certificates:
             context.verify_mode = ssl.CERT_REQUIRED
             context.load_verify_locations(self.ca_file)
         return context
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 class Terminator:
@@ -166,4 +159,4 @@ def tls_server(kind: str, certificates: Certificates, **config: str) -> Iterator
         yield port
 
 
-__all__ = ["Certificates", "Terminator", "free_port", "tls_server"]
+__all__ = ["Certificates", "Terminator", "tls_server"]

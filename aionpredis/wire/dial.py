@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import ssl
 import threading
 from contextlib import suppress
@@ -41,6 +42,11 @@ _REFUSED = (
 
 _LOOKS_LIKE = "a URL looks like redis://host:6379/0, rediss://host:6379 or unix:///path/to/socket"
 
+_ENCODED = "in a URL's user and password, write / as %2F, ? as %3F, # as %23, @ as %40"
+
+# Redis and Valkey quote the arguments of a command that they do not know: AUTH's, where it was renamed. Cut after 128 bytes.
+_QUOTED = re.compile(r",? with args beginning with:.*", re.DOTALL)
+
 _TLS_FILES = "ssl_ca_certs", "ssl_ca_path", "ssl_certfile", "ssl_keyfile"
 
 
@@ -58,12 +64,10 @@ def without_secrets(url: str) -> str:
     except ValueError:  # it quotes the URL
         parts = None
     if parts is None or "://" not in url or parts.scheme not in ("redis", "rediss", "unix"):
-        raise UsageError(f"this is no URL of a server: {_LOOKS_LIKE}")
+        raise UsageError(f"this is no URL of a server: {_LOOKS_LIKE}" + (f"; {_ENCODED}" if "@" in url else ""))
     known = "@" in parts.netloc or (parts.scheme == "unix" and not parts.netloc)
     if not known and "@" in url:
-        raise UsageError(
-            "an @ behind the host: in a URL's user and password, write / as %2F, ? as %3F, # as %23, @ as %40"
-        )
+        raise UsageError(f"an @ behind the host: {_ENCODED}")
     return f"{parts.scheme}://{place}{parts.path}"
 
 
@@ -158,7 +162,8 @@ class Dialer:
                 failure = AuthenticationError(f"{self.url} refused to let us in: {message} ({_who(error)})")
             else:
                 failure = ConnectError(self._describe(message, error))
-            cause = error if not any(secret in repr(each) for each in chain(error) for secret in secrets) else None
+            texts = [str(text) for each in chain(error) for text in (each, *each.args)]
+            cause = error if all(_scrub(text, secrets) == text for text in texts) else None
         else:
             raw, connection._sock = connection._sock, None
             if raw is None:
@@ -235,6 +240,7 @@ def _who(error: Exception) -> str:
 
 
 def _scrub(message: str, secrets: list[str]) -> str:
+    message = _QUOTED.sub("", message)
     for secret in secrets:
         message = message.replace(secret, "***")
     return message
