@@ -206,6 +206,11 @@ def test_special_characters_are_said_to_be_encoded() -> None:
         aionpredis.connect("redis://user:c4n4ry/coal@host:6379")
 
 
+@pytest.mark.parametrize("place", ["host:6379/0", "[::1]:6379", "host"])
+def test_url_is_shown_without_what_is_secret(given: Any, place: str) -> None:
+    assert make(given, place).url == f"redis://{place}"
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -272,6 +277,22 @@ async def test_what_a_client_makes(given: Any) -> None:
     clean(client, repr(client))
 
 
+async def test_provider_is_asked_for_each_connection() -> None:
+    passwords = iter([CANARY, CANARY[::-1]])
+
+    class Rotating(redis.CredentialProvider):
+        def get_credentials(self) -> tuple[str]:
+            return (next(passwords),)
+
+    with locked("valkey") as server, redis.Redis.from_url(server.url, password=CANARY) as stock:
+        async with aionpredis.connect(server.url, credential_provider=Rotating()) as client:
+            await client.set("k", np.ones(3))
+            stock.config_set("requirepass", CANARY[::-1])
+            stock.client_kill_filter(_type="normal", skipme=True)
+            assert await client.get("k") is not None
+        assert next(passwords, None) is None
+
+
 # --- outputs ---------------------------------------------------------------------------------------------------------
 
 
@@ -293,13 +314,15 @@ def run(*arguments: str, **environment: str) -> str:
 def test_commands(tmp_path: Path) -> None:
     url = f"redis://:{ENCODED}@127.0.0.1:1/0"
     assert "no connection" in run("aionpredis", "save", "pong", str(tmp_path / "s"), REDIS_URL=url)
+    assert "refused" in run("bench", "write", "--quick", "--url", url)
     shown = CliRunner().invoke(cli.app, ["save", "--help"], env={"REDIS_URL": url}).output
     assert "REDIS_URL" in shown
     clean(shown)
 
 
-def test_demo_and_saved_replay(tmp_path: Path) -> None:
+def test_demo(tmp_path: Path) -> None:
     """A whole demo on a server with a password: its output, its results, its processes' command lines."""
+    pytest.importorskip("gymnasium")
     with locked("valkey") as server:
         url = server.url.replace("unix://", f"unix://:{ENCODED}@")
         results = tmp_path / "results.json"

@@ -59,6 +59,8 @@ def without_secrets(url: str) -> str:
     try:
         parts = urlsplit(url)
         place = parts.hostname or ""
+        if ":" in place:
+            place = f"[{place}]"
         if parts.port is not None:
             place += f":{parts.port}"
     except ValueError:  # it quotes the URL
@@ -132,7 +134,7 @@ class Dialer:
         sock: Socket | None = None
         try:
             # Each step in the thread has this limit, too; a name's look-up, or a server that trickles, has none there.
-            with anyio.move_on_after(self._connect_timeout):
+            with anyio.move_on_after(float(self._connect_timeout)):
                 sock = await anyio.to_thread.run_sync(self._connect, attempt, abandon_on_cancel=True)
         except BaseException:
             attempt.abandon()
