@@ -74,20 +74,24 @@ async def test_large_values_travel_whole_and_the_loop_stays_responsive(place: Pl
             await anyio.sleep(0.001)
             longest = max(longest, time.monotonic() - before)
 
-    async with place.connect() as client, anyio.create_task_group() as tasks:
-        tasks.start_soon(watch)
-        for name in ("a", "b"):
-            await client.set(name, PAYLOAD)
-        out = np.empty((2, *PAYLOAD.shape), np.uint8)
-        assert (await client.mget(["a", "b"], out=out)).all()
+    out = np.zeros((2, *PAYLOAD.shape), np.uint8)
+    record = {"weights": PAYLOAD.reshape(-1, 1024), "bias": np.ones(2, np.float32)}
+    async with place.connect() as client:
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(watch)
+            await anyio.sleep(0.01)
+            for name in ("a", "b"):
+                await client.set(name, PAYLOAD)
+            found = await client.mget(["a", "b"], out=out)
+            fresh = await client.get("a")
+            tasks.cancel_scope.cancel()
+        assert found.all()
         assert (out == PAYLOAD).all()
-        assert equal(await client.get("a"), PAYLOAD)
-        record = {"weights": PAYLOAD.reshape(-1, 1024), "bias": np.ones(2, np.float32)}
+        assert equal(fresh, PAYLOAD)
         await client.set_record("r", record)
         got = await client.get_record("r")
         assert got is not None
         assert all((got[name] == column).all() for name, column in record.items())
-        tasks.cancel_scope.cancel()
     assert longest < 0.2
 
 

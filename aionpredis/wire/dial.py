@@ -209,9 +209,8 @@ def _check_tls(settings: dict[str, Any]) -> None:
         ValueError: names the option.
     """
     if "ssl_cert_reqs" in settings and settings["ssl_cert_reqs"] is None:
-        raise ValueError(
-            "ssl_cert_reqs is 'required' (the default) or 'none', not None"
-        )  # redis-py takes it for 'none'
+        # redis-py takes it for 'none'.
+        raise ValueError("ssl_cert_reqs is 'required' (the default) or 'none', not None")
     if settings.get("ssl_cert_reqs") in ("none", ssl.CERT_NONE):
         settings["ssl_check_hostname"] = False
     settings.setdefault("ssl_check_hostname", True)  # not the default of redis-py 5
