@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import redis
 
 from aionpredis.server import Server
 
+from .proxy import Proxy
 from .servers import make_server
 
 
@@ -49,3 +51,10 @@ def stock(_stock: redis.Redis) -> redis.Redis:
 def url(server: Server, stock: redis.Redis) -> str:
     """The address of the server, which is empty."""
     return server.url
+
+
+@pytest.fixture
+def proxy(url: str, tmp_path: Path) -> Iterator[Proxy]:
+    """A proxy in front of the server, which is empty."""
+    with Proxy(url, tmp_path) as proxy:
+        yield proxy

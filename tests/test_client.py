@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import time
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -51,12 +50,6 @@ from .strategies import equal
 pytestmark = pytest.mark.anyio
 
 STATE = np.arange(6400, dtype=np.uint16).reshape(80, 80)
-
-
-@pytest.fixture
-def proxy(url: str, tmp_path: Path) -> Iterator[Proxy]:
-    with Proxy(url, tmp_path) as proxy:
-        yield proxy
 
 
 def npy_file(array: Any) -> bytes:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import asyncio
 import socket
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from pathlib import Path
 from typing import Any
 
 import anyio
@@ -28,12 +27,6 @@ from .strategies import equal
 pytestmark = pytest.mark.anyio
 
 STATE = (80, 80)
-
-
-@pytest.fixture
-def proxy(url: str, tmp_path: Path) -> Iterator[Proxy]:
-    with Proxy(url, tmp_path) as proxy:
-        yield proxy
 
 
 def connection_on(sock: socket.socket, timeout: float = 10.0) -> Connection:

@@ -6,8 +6,6 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import anyio
@@ -27,12 +25,6 @@ from .strategies import equal
 pytestmark = pytest.mark.anyio
 
 STATE = np.arange(6400, dtype=np.uint16).reshape(80, 80)
-
-
-@pytest.fixture
-def proxy(url: str, tmp_path: Path) -> Iterator[Proxy]:
-    with Proxy(url, tmp_path) as proxy:
-        yield proxy
 
 
 async def value(client: Client, key: str) -> Any:
