@@ -149,6 +149,36 @@ async def test_cancelled_half_sent_small_request_is_completed_from_a_copy() -> N
         connection.close()
 
 
+async def test_half_sent_request_that_is_abandoned_twice_is_completed_nevertheless() -> None:
+    """As of a writer: its block abandons what is in flight, then the task that waits for it is cancelled, and does so, too."""
+    ours, theirs = socket.socketpair()
+    with theirs:
+        theirs.setblocking(False)
+        connection = connection_on(ours)
+        ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        command = encode("SET", "k", b"m" * 500_000)
+        reply = connection.submit(command, Reply())
+        following = connection.submit(encode("PING"), Reply())
+        assert reply.sent
+        for _ in range(3):
+            connection.abandon(reply)
+        got = bytearray()
+        whole = b"".join([*command, *encode("PING")])
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(connection.wait, following)
+            with anyio.fail_after(10):
+                while len(got) < len(whole):
+                    await anyio.lowlevel.checkpoint()
+                    try:
+                        got += theirs.recv(1 << 16)
+                    except BlockingIOError:
+                        await anyio.sleep(0.001)
+            theirs.send(b"+OK\r\n+PONG\r\n")
+        assert got == whole
+        assert following.result() == b"PONG"
+        connection.close()
+
+
 async def test_cancelled_half_sent_large_request_gives_the_connection_up(proxy: Proxy) -> None:
     big = np.ones(64 << 20, np.uint8)
     async with aionpredis.connect(proxy.url) as client:

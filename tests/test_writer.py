@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import subprocess
 import sys
 import textwrap
@@ -296,6 +297,29 @@ async def test_cancelled_block_returns_at_once_and_sends_nothing_more(proxy: Pro
             assert await value(client, f"k{i}") in (None, 1)
         with pytest.raises(UsageError):
             await writer.put("after", STATE)
+
+
+@pytest.mark.parametrize("copy", [True, False])
+async def test_cancelled_block_whose_batch_is_half_sent_leaves_the_others_requests_whole(
+    proxy: Proxy, copy: bool
+) -> None:
+    array = np.ones(100_000, np.uint8)
+    async with aionpredis.connect(proxy.url) as client:
+        connection = client.live_connection
+        assert connection is not None
+        connection._sock.raw.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 100_000)
+        proxy.stalled = True
+        with anyio.move_on_after(0.02):
+            async with client.writer(copy=copy) as writer:
+                for i in range(20):
+                    await writer.put(f"k{i}", array)
+        array[:] = 99
+        assert connection._outbox, "nothing is half sent"
+        proxy.stalled = False
+        with anyio.fail_after(10):
+            assert await client.execute("ECHO", "mine") == b"mine"
+            assert {await value(client, f"k{i}") for i in range(20)} <= {None, 1}
+        assert proxy.connections == 1
 
 
 async def test_cancelled_put_of_a_large_array_lets_go_of_its_memory(proxy: Proxy) -> None:

@@ -259,7 +259,7 @@ class Connection:
             return
         for outgoing in self._outbox:
             if outgoing.reply is reply:
-                if not outgoing.index and not outgoing.offset:
+                if not reply.sent:
                     self._outbox.remove(outgoing)
                     self._parser.pending.remove(reply)
                     reply.done = True
