@@ -150,8 +150,8 @@ class _Pair:
 class Proxy(Faults):
     """Listens on a Unix socket in ``folder``, without one on a TCP port, and passes bytes on to ``target``, in threads.
 
-    ``script``: the faults of the first connection, the second, …; a connection behind its end has the proxy's own, which
-    all such connections share.
+    ``script``: the faults of the next connection, the one after that, …; a connection behind its end has the proxy's own,
+    which all such connections share.
     """
 
     def __init__(self, target: str, folder: Path | None = None, script: Iterable[Faults] = ()) -> None:
@@ -160,8 +160,7 @@ class Proxy(Faults):
         self.connections = 0
         self.cuts = 0
         self.passed_up = 0
-        self._script = script
-        self._faults = iter(script)
+        self.script = iter(script)
         self._pairs: dict[socket.socket, _Pair] = {}  # by either socket, while it is open
         self._threads: list[threading.Thread] = []
         self._ended = threading.Event()
@@ -182,8 +181,8 @@ class Proxy(Faults):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if error is not None and self._script:
-            error.add_note(f"the proxy's script: {self._script!r}; {self.connections} connections were made")
+        if error is not None:
+            error.add_note(f"the proxy: {self.script!r}, {self.connections} connections, {self.cuts} cuts")
         self._ended.set()
         with contextlib.suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)
@@ -212,7 +211,7 @@ class Proxy(Faults):
             except OSError:
                 return
             self.connections += 1
-            faults = next(self._faults, self)
+            faults = next(self.script, self)
             try:
                 if faults.refusing:
                     raise OSError
