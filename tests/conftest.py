@@ -8,11 +8,15 @@ from typing import Any
 
 import pytest
 import redis
+from hypothesis import Phase, settings
 
 from aionpredis.server import Server
 
 from .proxy import Proxy
 from .servers import make_server
+
+# For mutations.py: that an example fails is all it wants to know.
+settings.register_profile("unshrunk", phases=[Phase.explicit, Phase.reuse, Phase.generate])
 
 
 @pytest.fixture(

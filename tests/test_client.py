@@ -717,6 +717,24 @@ async def test_cancelled_pipeline_step_can_be_taken_again(proxy: Proxy) -> None:
         assert seen == list(range(9))
 
 
+async def test_pipeline_asks_for_a_bounded_number_of_bytes(url: str) -> None:
+    async with aionpredis.connect(url) as client:
+        connection = client.live_connection
+        assert connection is not None
+        size = connection.reply_window // 5 + 1
+        pipeline: Pipeline[None] = Pipeline(client)
+        for _ in range(2):
+            while not pipeline.full:
+                pipeline.put(lambda: (encode("GET", "k"), ValueReply()), size, None)
+            assert len(pipeline) == 5
+            await pipeline.next()
+            assert not pipeline.full
+        pipeline.abandon()
+        pipeline.put(lambda: (encode("GET", "k"), ValueReply()), 100 * size, None)
+        assert pipeline.full
+        await pipeline.next()
+
+
 async def test_pipeline_asks_for_a_bounded_number_of_replies(url: str) -> None:
     async with aionpredis.connect(url) as client:
         pipeline: Pipeline[None] = Pipeline(client)

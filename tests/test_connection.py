@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import socket
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import anyio
@@ -16,12 +17,12 @@ import pytest
 
 import aionpredis
 from aionpredis.errors import ConnectionLost, OutcomeUnknown, ProtocolError, Stalled
-from aionpredis.requests import row_views, rows_reply
+from aionpredis.requests import ValueReply, row_views, rows_reply
 from aionpredis.wire.connection import DEEP, MAX_SNAPSHOT, Connection
-from aionpredis.wire.resp import MAX_BULK, Blob, Reply, encode
-from aionpredis.wire.socket import wrap
+from aionpredis.wire.resp import MAX_BULK, Blob, Buffer, Reply, encode
+from aionpredis.wire.socket import PlainSocket, wrap
 
-from .proxy import Proxy, scripted
+from .proxy import Ending, Faults, Proxy, scripted
 from .strategies import equal
 
 pytestmark = pytest.mark.anyio
@@ -271,6 +272,17 @@ async def test_task_cancelled_while_it_is_being_woken_passes_the_turn_on() -> No
         assert {b"a", b"c"} <= set(results)
 
 
+async def test_connection_that_a_cancelled_call_still_blocks_is_not_handed_to_another(url: str) -> None:
+    async with aionpredis.connect(url) as client:
+        with anyio.move_on_after(0.02) as scope:
+            async with client.blocking() as connection:
+                await ask(connection, "BLPOP", "nothing", "5")
+        assert scope.cancelled_caught
+        with anyio.fail_after(3):
+            async with client.blocking() as connection:
+                assert await ask(connection, "PING") == b"PONG"
+
+
 async def test_withdrawn_request_wakes_the_task_that_drives_for_it() -> None:
     ours, theirs = socket.socketpair()
     with theirs:
@@ -320,6 +332,20 @@ async def test_busy_event_loop_is_not_taken_for_silence(url: str) -> None:
             await anyio.sleep(0.01)
             time.sleep(0.3)  # noqa: ASYNC251  # a training step that holds the loop
         assert reply.values == [None]
+
+
+async def test_timer_that_the_loop_comes_to_before_the_socket_is_not_taken_for_silence(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with aionpredis.connect(url) as client, client.blocking() as connection:
+        wait = connection._ready.wait
+
+        async def late(*, write: bool, timeout: float) -> bool:
+            assert await wait(write=write, timeout=timeout)
+            return False  # no loop that we know of does so
+
+        monkeypatch.setattr(connection._ready, "wait", late)
+        assert await ask(connection, "BLPOP", "nothing", "0.03") is None
 
 
 async def test_stalled_server_fails_every_waiter(proxy: Proxy) -> None:
@@ -404,6 +430,39 @@ async def test_reads_and_sets_survive_a_cut_at_any_byte(proxy: Proxy, direction:
         assert proxy.cuts >= 4
 
 
+@pytest.mark.parametrize("server", ["valkey"], indirect=True)
+@pytest.mark.parametrize("way", ["unix", "tcp"])
+async def test_reads_and_sets_survive_every_kind_of_end(url: str, tmp_path: Path, way: str) -> None:
+    rows = np.random.default_rng(5).integers(0, 1 << 16, (20, *STATE), np.uint16)
+    keys = [f"k{i}" for i in range(20)]
+    kinds: list[Ending] = ["close", "reset", "half"]
+    for ending in kinds:
+        # The handshake has less, of bytes and of replies.
+        script = [
+            Faults(cut_down=30_000),
+            Faults(refusing=True),
+            Faults(cut_down=20),
+            Faults(cut_up=30_000),
+            Faults(cut_up=20),
+            Faults(cut_replies=20),
+            Faults(cut_replies=25),
+        ]
+        if ending == "half":  # who is not read and not told of it hears nothing until its timeout
+            script = [faults for faults in script if faults.cut_up is None]
+        for faults in script:
+            faults.ending = ending
+        with Proxy(url, tmp_path if way == "unix" else None, script) as proxy:
+            async with aionpredis.connect(proxy.url, timeout=5) as client:
+                for _ in range(10):
+                    for key, row in zip(keys, rows, strict=True):
+                        await client.set(key, row)
+                    out = np.empty_like(rows)
+                    assert (await client.mget(keys, out=out)).all()
+                    assert (out == rows).all()
+            assert proxy.connections == len(script) + 1
+            assert proxy.cuts == len(script) - 1
+
+
 async def test_command_that_is_not_repeatable_is_not_repeated(proxy: Proxy) -> None:
     async with aionpredis.connect(proxy.url) as client:
         proxy.stalled = True
@@ -480,6 +539,54 @@ async def test_request_behind_a_full_buffer_reaches_a_peer_that_waits_for_it() -
                 tasks.start_soon(ask, connection, "A")
                 await anyio.sleep(0.05)
                 assert await ask(connection, "SET", "k", bytes(8 << 20)) == b"second"
+
+
+class Fast(PlainSocket):
+    """A kernel that takes everything at once, and has all of the reply at once."""
+
+    def __init__(self, raw: socket.socket, reply: bytes) -> None:
+        super().__init__(raw)
+        self.moved: list[int] = []
+        self._reply = memoryview(reply)
+
+    def send(self, buffers: Sequence[Buffer]) -> int:
+        self.moved.append(sum(map(len, buffers)))
+        return self.moved[-1]
+
+    def receive(self, buffers: Sequence[memoryview]) -> int:
+        count = 0
+        for buffer in buffers:
+            part = self._reply[: len(buffer)]
+            buffer[: len(part)] = part
+            self._reply = self._reply[len(part) :]
+            count += len(part)
+        self.moved.append(count)
+        return count or -1
+
+
+async def test_other_tasks_have_their_turn_after_every_megabyte_in_either_direction() -> None:
+    size = 16 << 20
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        sock = Fast(ours, b"$%d\r\n%b\r\n" % (size, bytes(size)))
+        connection = Connection(sock, timeout=10, max_bulk=MAX_BULK)
+        turns = 0
+
+        async def count() -> None:
+            nonlocal turns
+            while True:
+                turns += 1
+                await anyio.lowlevel.checkpoint()
+
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(count)
+            reply = ValueReply()
+            await connection.wait(connection.submit(encode("SET", "k", bytes(size), "GET"), reply))
+            tasks.cancel_scope.cancel()
+        assert len(reply.values[0]) == size
+        assert max(sock.moved) < 2 << 20
+        assert turns >= 16
+        connection.close()
 
 
 async def test_request_of_many_parts_is_sent_whole(url: str) -> None:

@@ -17,7 +17,7 @@ import redis
 
 import aionpredis
 from aionpredis import Client, Server
-from aionpredis.errors import EncodeError, ServerFull, UsageError, WriteFailed
+from aionpredis.errors import ConnectionLost, EncodeError, ServerFull, UsageError, WriteFailed
 
 from .proxy import Proxy
 from .servers import make_server
@@ -222,6 +222,24 @@ async def test_connection_cut_in_the_middle_loses_nothing(proxy: Proxy, copy: bo
             assert [await value(client, f"k{i}") for i in range(150)] == list(range(150))
             assert [await value(client, f"again{i % 3}") for i in range(147, 150)] == [147, 148, 149]
         assert proxy.cuts >= 3
+
+
+async def test_the_last_put_of_a_key_wins_though_the_connection_breaks_between_two_of_them(proxy: Proxy) -> None:
+    async with aionpredis.connect(proxy.url) as client:
+        connection = client.live_connection
+        assert connection is not None
+        async with client.writer() as writer:
+            proxy.stalled = True
+            await writer.put("k", np.array(1))
+            with anyio.fail_after(5):
+                while not writer._inflight:
+                    await anyio.sleep(0.001)
+            await writer.put("k", np.array(2))
+            connection.abort(ConnectionLost("for no reason"))
+            # Before the task that waits for the first one's reply hears of it, the second one is queued:
+            await writer.put("other", np.zeros(500_000, np.uint8))
+            proxy.stalled = False
+        assert await value(client, "k") == 2
 
 
 async def test_server_gone_for_good_names_all_keys_that_were_not_stored(proxy: Proxy) -> None:
