@@ -24,11 +24,12 @@ from aionpredis.errors import (
     OutcomeUnknown,
     OutMismatch,
     ServerError,
+    ServerUnavailable,
     UsageError,
 )
 from aionpredis.formats import npy
 from aionpredis.memory import aligned_empty
-from aionpredis.pipeline import ATTEMPTS, BACKOFF, FINAL, Pipeline
+from aionpredis.pipeline import Pipeline
 from aionpredis.requests import (
     IN_THREAD,
     MAX_VALUE,
@@ -47,6 +48,8 @@ from aionpredis.requests import (
     value_reply,
     values_reply,
 )
+from aionpredis.retry import LOST, Faults, Retry
+from aionpredis.stats import Counters
 from aionpredis.wire import resp
 from aionpredis.wire.connection import Connection
 from aionpredis.wire.dial import Dialer
@@ -62,6 +65,9 @@ if TYPE_CHECKING:
 __all__ = ["Client", "connect"]
 
 T = TypeVar("T")
+
+MAX_INFLIGHT = 64 << 20
+"""Bytes that a writer holds unless it is told otherwise."""
 
 MAX_SLICE_KEYS = 256
 """Keys in one MGET, however small the values are."""
@@ -81,12 +87,15 @@ class Client:
         codec: str | Codec | None,
         timeout: float,
         connect_timeout: float,
+        retry_timeout: float,
         max_value_bytes: int,
         options: Mapping[str, Any],
     ) -> None:
         if isinstance(max_value_bytes, bool) or not isinstance(max_value_bytes, int) or max_value_bytes < 1:
             raise UsageError(f"max_value_bytes is a positive number of bytes, not {max_value_bytes!r}")
         self.codec = codecs.resolve(codec)
+        self.counters = Counters()
+        self.faults = Faults(retry_timeout=retry_timeout, timeout=timeout, counters=self.counters)
         self._settings: dict[str, Any] = {
             "timeout": timeout,
             "connect_timeout": connect_timeout,
@@ -120,7 +129,8 @@ class Client:
                 self._embedded = Server()
                 await anyio.to_thread.run_sync(self._embedded.start)
                 self._dialer = Dialer(self._embedded.url, **self._settings)
-            self._topology = OneServer(self._dialer)
+            self.faults.place = self.url
+            self._topology = OneServer(self._dialer, self.counters)
             await self._topology.connection()
         except BaseException:
             self._topology = None
@@ -157,8 +167,8 @@ class Client:
         Raises:
             EncodeError: the value cannot be stored (object dtype, masked, not an array, over 512 MiB); nothing was sent.
             ServerError: the server refused it.
-            ConnectionLost, ConnectError: the server could not be reached again. Storing the same value twice is harmless,
-                so this was tried up to four times.
+            ConnectionLost, ConnectError, ServerUnavailable: the server could not be reached again within ``retry_timeout``
+                seconds, or could not take it. Storing the same value twice is harmless, so it was tried again and again.
         """
         name = key_bytes(key)
         options = ttl_options(ttl)
@@ -209,7 +219,10 @@ class Client:
             EncodeError: one of them cannot be stored. Those before it may have been.
             WriteFailed: those that the server did not take, with their keys.
         """
-        async with self.writer(copy=False, codec=codec) as writer:
+        from aionpredis.writer import Writer
+
+        writer = Writer(self, max_inflight=MAX_INFLIGHT, copy=False, ttl=None, codec=codec, waits_when_full=False)
+        async with writer:
             for key, array in items.items():
                 await writer.put(key, array, ttl=ttl)
 
@@ -389,7 +402,7 @@ class Client:
     def writer(
         self,
         *,
-        max_inflight: int = 64 << 20,
+        max_inflight: int = MAX_INFLIGHT,
         copy: bool = True,
         ttl: float | None = None,
         codec: str | Codec | None = None,
@@ -415,9 +428,16 @@ class Client:
 
     async def connection(self) -> Connection:
         """The shared data connection, for the modules built on the client."""
-        if self._topology is None:
+        topology = self._topology
+        if topology is None:
             raise UsageError("the client is not open: use it inside of `async with aionpredis.connect(…) as client:`")
-        return await self._topology.connection()
+        connection = topology.live_connection
+        if connection is None:
+            if topology.lost is not None:
+                self.faults.begins(LOST, topology.lost)
+            connection = await topology.connection()
+            self.faults.ends(LOST)
+        return connection
 
     @property
     def live_connection(self) -> Connection | None:
@@ -446,22 +466,30 @@ class Client:
                 connection.close()
 
     async def request(self, make: Callable[[], tuple[Sequence[Buffer], Reply]], *, repeatable: bool = True) -> Reply:
-        """Send what ``make`` makes and wait for its reply; again, after a broken connection, if that is harmless."""
-        attempt = 0
+        """Send what ``make`` makes and wait for its reply; again, after a fault that may pass, if that is harmless."""
+        retry: Retry | None = None
         while True:
             buffers, reply = make()
             try:
                 connection = await self.connection()
                 await connection.wait(connection.submit(buffers, reply), eager=True)
             except (ConnectionLost, ConnectError) as error:
-                attempt += 1
                 if reply.sent and not repeatable:
                     raise OutcomeUnknown(f"{error}; the command was sent, whether it ran is not known") from error
-                if attempt >= ATTEMPTS or isinstance(error, FINAL):
-                    raise
-                await anyio.sleep(BACKOFF.compute(attempt))
+                retry = retry or Retry(self.faults)
+                pause = retry.after(error)
             else:
-                return reply
+                # A command that was refused so has not run; of several, others may have.
+                if reply.refusal is None or not (repeatable or reply.count == 1):
+                    if retry is not None:
+                        retry.succeeded()
+                    return reply
+                retry = retry or Retry(self.faults)
+                try:
+                    pause = retry.after(reply.refusal, connection)
+                except ServerUnavailable:
+                    return reply  # who looks at its values raises it
+            await anyio.sleep(pause)
 
     async def get_value(self, key: Key) -> NDArray[np.uint8] | None:
         """The bytes stored under a key, in aligned memory."""
@@ -516,6 +544,7 @@ def connect(
     codec: str | Codec | None = None,
     timeout: float = 30.0,
     connect_timeout: float = 10.0,
+    retry_timeout: float = 30.0,
     max_value_bytes: int = MAX_VALUE,
     **options: Any,
 ) -> Client:
@@ -526,9 +555,11 @@ def connect(
     (``pip install "aionpredis[server]"``).
     ``codec``: how values are stored unless a call says otherwise: ``None`` or ``"raw"``, ``"lz4"``, or a registered one.
     ``timeout``: seconds **without progress** after which a connection is given up; a long transfer may take longer.
-    ``connect_timeout``: seconds for connecting, with TLS and AUTH. ``max_value_bytes``: the longest value accepted,
-    and the longest that a compressed one may become. ``options``: for redis-py's connection (``credential_provider``,
-    ``ssl_ca_certs``, ``client_name``, …).
+    ``connect_timeout``: seconds for connecting, with TLS and AUTH. ``retry_timeout``: seconds for which a server that broke
+    the connection, is gone, or cannot answer yet is tried again, before the error is raised; 0: not at all, ``math.inf``:
+    until the call is cancelled. Writers, actors and readers wait as long. Opening a client is one attempt.
+    ``max_value_bytes``: the longest value accepted, and the longest that a compressed one may become. ``options``: for
+    redis-py's connection (``credential_provider``, ``ssl_ca_certs``, ``client_name``, …).
 
     Raises:
         UsageError: the URL or an option is wrong.
@@ -539,6 +570,7 @@ def connect(
         codec=codec,
         timeout=timeout,
         connect_timeout=connect_timeout,
+        retry_timeout=retry_timeout,
         max_value_bytes=max_value_bytes,
         options=options,
     )

@@ -17,7 +17,8 @@
     │   ├── ProtocolError      the peer does not speak RESP2
     │   └── OutcomeUnknown     the command was sent; whether it ran is not known
     ├── ServerError            the server answered with an error
-    │   └── ServerFull         … because its ``maxmemory`` is reached (OOM)
+    │   ├── ServerFull         … because its ``maxmemory`` is reached (OOM)
+    │   └── ServerUnavailable  … because it cannot yet, or not any more (LOADING, READONLY, …)
     ├── WriteFailed            a writer's items that were not stored, with their keys
     └── ReplayError
         ├── RunEnded           a newer run has begun: fetch its policy and go on
@@ -31,6 +32,7 @@ Facts are attributes (``key``, ``run``, …), so that a program need not parse a
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 __all__ = [
     "AionpredisError",
@@ -51,6 +53,7 @@ __all__ = [
     "SchemaMismatch",
     "ServerError",
     "ServerFull",
+    "ServerUnavailable",
     "Stalled",
     "UsageError",
     "WriteFailed",
@@ -133,6 +136,10 @@ class ServerError(AionpredisError):
     meant.
     """
 
+    HINTS: ClassVar[dict[str, str]] = {
+        "MISCONF": "the server cannot write to its disk, and refuses writes until it can: make room there; its log says more",
+    }
+
     def __init__(self, message: str, *, command: str | None = None, key: str | bytes | None = None) -> None:
         super().__init__(message)
         self.code = message.partition(" ")[0]
@@ -141,12 +148,25 @@ class ServerError(AionpredisError):
 
     def __str__(self) -> str:
         message = super().__str__()
+        if self.code in self.HINTS:
+            message += f": {self.HINTS[self.code]}"
         about = [part for part in (self.command, self.key and f"key {self.key!r}") if part]
         return f"{message} [{', '.join(about)}]" if about else message
 
 
 class ServerFull(ServerError):
     """The server's ``maxmemory`` is reached, and its policy does not let it free anything (OOM)."""
+
+
+class ServerUnavailable(ServerError):
+    """The server did nothing, for a reason that may pass: it loads its data (LOADING), is a replica (READONLY, MASTERDOWN,
+    NOREPLICAS, UNBLOCKED), runs a script (BUSY), or its cluster moves slots (TRYAGAIN, CLUSTERDOWN). It was tried again for
+    ``retry_timeout`` seconds.
+    """
+
+    CODES = frozenset(
+        ("LOADING", "READONLY", "MASTERDOWN", "NOREPLICAS", "UNBLOCKED", "BUSY", "TRYAGAIN", "CLUSTERDOWN")
+    )
 
 
 class WriteFailed(AionpredisError):

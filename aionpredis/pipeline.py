@@ -7,30 +7,21 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 import anyio
-from redis.backoff import FullJitterBackoff
 
-from aionpredis.errors import AuthenticationError, ConnectError, ConnectionLost, Stalled
+from aionpredis.errors import ConnectError, ConnectionLost, ServerUnavailable
+from aionpredis.retry import Retry
 from aionpredis.wire.resp import Buffer, Reply
 
 if TYPE_CHECKING:
     from aionpredis.client import Client
     from aionpredis.wire.connection import Connection
 
-__all__ = ["ATTEMPTS", "BACKOFF", "FINAL", "Pipeline"]
+__all__ = ["Pipeline"]
 
 T = TypeVar("T")
 
 MAX_REQUESTS = 64
 """Requests in flight of one caller, however short their replies. More brought nothing, and each is looked at for each."""
-
-ATTEMPTS = 4
-"""How often a request that may be repeated is sent before its error is raised."""
-
-FINAL = (Stalled, AuthenticationError)
-"""Errors of a connection after which another attempt is no use: the first has taken ``timeout`` already."""
-
-BACKOFF = FullJitterBackoff(cap=1.0, base=0.05)
-"""Seconds between the attempts."""
 
 
 class _Entry(Generic[T]):
@@ -52,8 +43,8 @@ class _Entry(Generic[T]):
 class Pipeline(Generic[T]):
     """Keeps requests in flight up to the connection's ``reply_window``.
 
-    The requests must be repeatable: they are made and sent again when the connection broke, and when a cancelled
-    :meth:`next` is called again. No task and nothing to close belongs to it.
+    The requests must be repeatable: they are made and sent again when the connection broke, when the server refused them for
+    a reason that may pass, and when a cancelled :meth:`next` is called again. No task and nothing to close belongs to it.
     """
 
     def __init__(self, client: Client) -> None:
@@ -87,7 +78,7 @@ class Pipeline(Generic[T]):
         Raises:
             ConnectionLost, ConnectError: the server could not be reached again.
         """
-        attempt = 0
+        retry: Retry | None = None
         oldest = self._entries[0]
         while True:
             try:
@@ -98,18 +89,29 @@ class Pipeline(Generic[T]):
                 assert oldest.reply is not None
                 assert oldest.connection is not None
                 await oldest.connection.wait(oldest.reply)
+                refusal = oldest.reply.refusal
+                if refusal is None:
+                    if retry is not None:
+                        retry.succeeded()
+                    return self._pop(oldest, oldest.reply)
+                retry = retry or Retry(self._client.faults)
+                try:
+                    pause = retry.after(refusal, oldest.connection)
+                except ServerUnavailable:
+                    return self._pop(oldest, oldest.reply)  # who looks at its values raises it
+                oldest.reply = None
             except (ConnectionLost, ConnectError) as error:
-                attempt += 1
-                if attempt >= ATTEMPTS or isinstance(error, FINAL):
-                    raise
-                await anyio.sleep(BACKOFF.compute(attempt))
+                retry = retry or Retry(self._client.faults)
+                pause = retry.after(error)
             except BaseException:
                 oldest.reply = None  # abandoned; asked for again if somebody calls again
                 raise
-            else:
-                self._entries.popleft()
-                self._window -= oldest.size
-                return oldest.reply, oldest.tag
+            await anyio.sleep(pause)
+
+    def _pop(self, oldest: _Entry[T], reply: Reply) -> tuple[Reply, T]:
+        self._entries.popleft()
+        self._window -= oldest.size
+        return reply, oldest.tag
 
     def abandon(self) -> None:
         """Forget all requests; nothing is written into their memory any more."""

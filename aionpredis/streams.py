@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import anyio
 
-from aionpredis.errors import AionpredisError, ConnectError, ConnectionLost, ServerError
-from aionpredis.pipeline import ATTEMPTS, BACKOFF, FINAL
+from aionpredis.errors import AionpredisError, ConnectError, ConnectionLost, ServerError, ServerUnavailable
+from aionpredis.retry import Retry
 from aionpredis.wire import resp
 from aionpredis.wire.resp import Reply
 
@@ -87,16 +87,19 @@ async def read_blocking(client: Client, stream: str, after: tuple[int, int], cou
 
 async def alone(client: Client, work: Callable[[Connection], Awaitable[T]]) -> T:
     """``work`` on a connection of its own; repeated, so it must be repeatable, if that breaks: it may have lain idle."""
-    attempt = 0
+    retry: Retry | None = None
     while True:
         try:
             async with client.blocking() as connection:
-                return await work(connection)
-        except (ConnectionLost, ConnectError) as error:
-            attempt += 1
-            if attempt >= ATTEMPTS or isinstance(error, FINAL):
-                raise
-            await anyio.sleep(BACKOFF.compute(attempt))
+                result = await work(connection)
+        except (ConnectionLost, ConnectError, ServerUnavailable) as error:
+            retry = retry or Retry(client.faults)
+            pause = retry.after(error)
+        else:
+            if retry is not None:
+                retry.succeeded()
+            return result
+        await anyio.sleep(pause)
 
 
 async def ask(connection: Connection, *commands: Sequence[Any]) -> list[Any]:

@@ -14,14 +14,15 @@ from anyio.abc import TaskGroup
 from aionpredis import codecs
 from aionpredis.codecs import Codec
 from aionpredis.errors import (
-    AuthenticationError,
+    AionpredisError,
     ConnectError,
     ConnectionLost,
     ServerError,
+    ServerFull,
+    ServerUnavailable,
     UsageError,
     WriteFailed,
 )
-from aionpredis.pipeline import ATTEMPTS, BACKOFF
 from aionpredis.requests import (
     Key,
     encode_array,
@@ -32,6 +33,7 @@ from aionpredis.requests import (
     set_command,
     ttl_options,
 )
+from aionpredis.retry import Retry
 from aionpredis.wire.connection import Connection
 from aionpredis.wire.resp import SMALL, Buffer, Reply
 
@@ -93,12 +95,22 @@ class Writer:
     their observation buffers). ``False`` sends the caller's own memory: do not touch it before :meth:`flush`.
     ``ttl``, ``codec``: defaults for :meth:`put`.
 
+    What the server does not take, because it is gone, cannot yet or has no memory left, is sent again for the client's
+    ``retry_timeout``; meanwhile :meth:`put` waits when the bound is reached.
+
     Leaving the block stores what was put, and raises :class:`WriteFailed` with the keys that were not stored. A
     cancelled block drops what was not sent.
     """
 
     def __init__(
-        self, client: Client, *, max_inflight: int, copy: bool, ttl: float | None, codec: str | Codec | None
+        self,
+        client: Client,
+        *,
+        max_inflight: int,
+        copy: bool,
+        ttl: float | None,
+        codec: str | Codec | None,
+        waits_when_full: bool = True,
     ) -> None:
         if isinstance(max_inflight, bool) or not isinstance(max_inflight, int) or max_inflight < 1:
             raise UsageError(f"max_inflight is a positive number of bytes, not {max_inflight!r}")
@@ -118,6 +130,8 @@ class Writer:
         self._last: _Batch | None = None  # the one that was queued last; they are settled in order
         self._closed = False
         self._connection: Connection | None = None
+        self._retry = Retry(client.faults)
+        self._passing = (ServerUnavailable, ServerFull) if waits_when_full else (ServerUnavailable,)
         self._tasks: TaskGroup | None = None
         self._work = anyio.Event()
         self._room = anyio.Event()
@@ -300,9 +314,9 @@ class Writer:
 
     async def _pump(self) -> None:
         """Settle the batches in flight, in order, and send the current one when nothing else travels."""
-        attempt = 0
         while True:
             if not (self._inflight or self._queued):
+                self._retry.reset()
                 if self._current is not None and self._current.keys:
                     self._close_batch()
                 else:
@@ -318,21 +332,39 @@ class Writer:
                 batch = self._inflight[0]
                 if batch.reply is not None:
                     await connection.wait(batch.reply)
+                refusal = self._refusal(batch)
+                if refusal is None:
+                    if self._retry.attempts:
+                        self._retry.succeeded()
+                    self._settle(self._inflight.popleft())
+                    continue
+                try:
+                    pause = self._retry.after(refusal, connection)
+                except ServerError:  # tried for long enough; what else the batch holds may be stored
+                    self._settle(self._inflight.popleft())
+                    continue
+                self._requeue()
+            except (ConnectionLost, ConnectError) as error:
+                self._requeue()
+                try:
+                    pause = self._retry.after(error)
+                except AionpredisError:
+                    self._give_up(error)
+                    continue
             except Exception as error:
                 self._requeue()
-                attempt += 1
-                repeatable = isinstance(error, ConnectionLost | ConnectError)
-                if repeatable and attempt < ATTEMPTS and not isinstance(error, AuthenticationError):
-                    await anyio.sleep(BACKOFF.compute(attempt))
-                else:
-                    attempt = 0
-                    self._give_up(error)
-            else:
-                attempt = 0
-                self._settle(self._inflight.popleft())
+                self._give_up(error)
+                continue
+            await anyio.sleep(pause)
+
+    def _refusal(self, batch: _Batch) -> ServerError | None:
+        """An answer to this batch that may be another one later."""
+        if batch.reply is None or not batch.keys:
+            return None
+        return next((value for value in batch.reply.values if isinstance(value, self._passing)), None)
 
     def _requeue(self) -> None:
-        """The connection broke. What was in flight goes first again, so that the last put of a key wins.
+        """The connection broke, or the server refused. What was in flight goes first again, so that the last put of a key wins.
 
         Storing the same values twice is harmless.
         """
@@ -345,6 +377,7 @@ class Writer:
         self._inflight.clear()
 
     def _give_up(self, error: Exception) -> None:
+        self._retry.reset()
         while self._queued:
             batch = self._queued.popleft()
             self._failures += ((key, error) for key in batch.keys)

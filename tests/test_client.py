@@ -639,7 +639,7 @@ async def test_dropped_connection_is_made_again(url: str, stock: redis.Redis) ->
 @pytest.mark.parametrize("kind", ["valkey", "redis"])
 async def test_restarted_server_is_found_again(kind: str, tmp_path: Path) -> None:
     with make_server(kind) as server, Proxy(server.url, tmp_path) as proxy:
-        async with aionpredis.connect(proxy.url) as client:
+        async with aionpredis.connect(proxy.url, retry_timeout=0.3) as client:
             await client.set("k", STATE)
             server.stop()
             with anyio.fail_after(10), pytest.raises((ConnectionLost, ConnectError)):
@@ -668,7 +668,7 @@ async def test_restarted_server_is_found_again(kind: str, tmp_path: Path) -> Non
 
 
 async def test_tasks_share_one_attempt_to_connect(proxy: Proxy) -> None:
-    async with aionpredis.connect(proxy.url, connect_timeout=0.1) as client:
+    async with aionpredis.connect(proxy.url, connect_timeout=0.1, retry_timeout=0.3) as client:
         proxy.stalled = True
         proxy.cut()
         errors = []
@@ -679,7 +679,7 @@ async def test_tasks_share_one_attempt_to_connect(proxy: Proxy) -> None:
             except (ConnectError, ConnectionLost) as error:
                 errors.append(error)
 
-        with anyio.fail_after(5):  # alone, each would wait 0.1 s four times
+        with anyio.fail_after(5):  # alone, one after the other, they would wait 0.1 s each time
             async with anyio.create_task_group() as tasks:
                 for _ in range(50):
                     tasks.start_soon(get)

@@ -203,7 +203,7 @@ async def test_put_that_reports_a_failure_has_not_accepted_its_item(server: Serv
 @pytest.mark.parametrize("kind", ["valkey", "redis"])
 async def test_full_server_fails_what_it_did_not_take(kind: str) -> None:
     with make_server(kind, config={"maxmemory": "8mb"}) as server:
-        async with aionpredis.connect(server.url) as client:
+        async with aionpredis.connect(server.url, retry_timeout=0) as client:
             with pytest.raises(WriteFailed) as raised:
                 async with client.writer() as writer:
                     for i in range(1000):
@@ -232,7 +232,7 @@ async def test_connection_cut_in_the_middle_loses_nothing(proxy: Proxy, copy: bo
 
 
 async def test_server_gone_for_good_names_all_keys_that_were_not_stored(proxy: Proxy) -> None:
-    async with aionpredis.connect(proxy.url) as client:
+    async with aionpredis.connect(proxy.url, retry_timeout=0.2) as client:
         with anyio.fail_after(20), pytest.raises(WriteFailed) as raised:
             async with client.writer() as writer:
                 for i in range(20):
@@ -274,7 +274,7 @@ async def test_exception_in_the_block_stays_what_it_is(url: str, kind: type[Base
 
 
 async def test_failures_are_noted_on_the_blocks_own_exception(proxy: Proxy) -> None:
-    async with aionpredis.connect(proxy.url) as client:
+    async with aionpredis.connect(proxy.url, retry_timeout=0.2) as client:
         with pytest.raises(RuntimeError, match="mine") as raised:
             async with client.writer() as writer:
                 proxy.refusing = True

@@ -21,13 +21,13 @@ from aionpredis.errors import (
     SchemaMismatch,
     UsageError,
 )
-from aionpredis.pipeline import BACKOFF
 from aionpredis.replay import runs
 from aionpredis.replay.chunk import ChunkBuffer, make_rows
-from aionpredis.replay.commit import MAX_EXPONENT, Committer
+from aionpredis.replay.commit import Committer
 from aionpredis.replay.lag import Lag
 from aionpredis.replay.log import Begin, ChunkId, Names
 from aionpredis.replay.schema import Schema
+from aionpredis.retry import backoff
 
 if TYPE_CHECKING:
     from aionpredis.client import Client
@@ -141,8 +141,9 @@ class Actor:
             EncodeError: a value has the wrong shape or dtype, or does not fit; nothing was added.
             TypeError: a column is missing, or there is no such column.
             RunEnded: a newer run has begun; what was not committed is stale. ``join()`` before appending again.
-            ConnectionLost, ConnectError, ServerError: the server could not be reached again, or refused; what was not
-                acknowledged is given up. ``join()`` goes on in the same run. (A full server is waited for.)
+            ConnectionLost, ConnectError, ServerError: the server could not be reached again within the client's
+                ``retry_timeout``, or refused; what was not acknowledged is given up. ``join()`` goes on in the same run.
+                (A full server is waited for, however long.)
         """
 
     @property
@@ -207,7 +208,7 @@ class Actor:
             if begin is not None and begin.run > self._last_run:
                 break
             if fruitless > 1:  # the log has gone on without a run: it is being deleted
-                await anyio.sleep(BACKOFF.compute(min(fruitless, MAX_EXPONENT)))
+                await anyio.sleep(backoff(fruitless))
             after = (self._last_run, streams.RIGHT_MAX)
             fruitless += bool(await streams.read_blocking(self._client, self._names.log, after, 1))
         if begin.schema != self._schema.digest:

@@ -8,6 +8,7 @@ those of different chunks travel together.
 from __future__ import annotations
 
 import enum
+import math
 import time
 from collections import deque
 from collections.abc import Callable
@@ -18,11 +19,18 @@ import anyio
 import anyio.lowlevel
 
 from aionpredis import streams
-from aionpredis.errors import AionpredisError, ConnectError, ConnectionLost, ServerError, ServerFull
-from aionpredis.pipeline import ATTEMPTS, BACKOFF, FINAL
+from aionpredis.errors import (
+    AionpredisError,
+    ConnectError,
+    ConnectionLost,
+    ServerError,
+    ServerFull,
+    ServerUnavailable,
+)
 from aionpredis.replay import runs
 from aionpredis.replay.chunk import ChunkBuffer
 from aionpredis.replay.log import FIELD, ChunkId, Names, pack
+from aionpredis.retry import Retry
 from aionpredis.wire import resp
 from aionpredis.wire.connection import Connection
 from aionpredis.wire.resp import Blob, Buffer, Reply
@@ -30,11 +38,7 @@ from aionpredis.wire.resp import Blob, Buffer, Reply
 if TYPE_CHECKING:
     from aionpredis.client import Client
 
-__all__ = ["MAX_EXPONENT", "Committer"]
-
-MAX_EXPONENT = 10
-"""From here on the pauses between attempts do not grow anyway, and ``2**attempt`` would become too large for a float."""
-
+__all__ = ["Committer"]
 
 MAX_SURPLUS = 16
 """Chunks beyond the capacity after which somebody evicts: whoever commits an entry whose number divides by this, so that of
@@ -121,7 +125,10 @@ class Committer:
         self._settled = settled
         self._rounds: deque[_Round] = deque()  # in the order of their requests on the connection
         self._backlog: list[_Commit] = []  # to be sent (again)
-        self._refused = 0  # rounds in a row that a full server refused
+        # A broken connection may last longer than a lease: each chunk begins with its SET again. So only the client's
+        # ``retry_timeout`` says when it is given up. Room on a full server is waited for: a trainer makes it, some time.
+        self._retry = Retry(client.faults)
+        self._full = Retry(client.faults, math.inf)
         self._connection: Connection | None = None
         self._to_do = anyio.Event()
         self._progress = anyio.Event()
@@ -144,7 +151,7 @@ class Committer:
         """Send a chunk, and with it what waits to be sent of others. Its buffer is borrowed until it is settled."""
         self._backlog.append(_Commit(buffer, run, self._names.data(run, chunk), chunk))
         connection = self._connection
-        if connection is not None and connection.lost is None and not self._refused:
+        if connection is not None and connection.lost is None and not (self._full.attempts or self._retry.attempts):
             self._submit(connection)
         self._to_do.set()
 
@@ -156,7 +163,6 @@ class Committer:
 
     async def work(self) -> None:
         """Settle what is committed, for ever."""
-        attempt = 0
         while True:
             if not self.busy:
                 self._to_do = anyio.Event()
@@ -170,24 +176,25 @@ class Committer:
                     await anyio.lowlevel.checkpoint()
                     self._submit(connection)
                 await connection.wait(self._rounds[0].reply)
-                attempt = 0
                 while self._rounds and self._rounds[0].reply.done:  # and whatever else has come with it
                     self._take_round()
-                self._refused = 0
+                if self._retry.attempts:
+                    self._retry.succeeded()
+                if self._full.attempts:
+                    self._full.succeeded()
                 if self._evict is not None:
                     await runs.evict(self._client, self._names, *self._evict)
                     self._evict = None
-            except ServerFull:  # until there is room: meanwhile append() waits
-                self._refused += 1
-                await anyio.sleep(BACKOFF.compute(min(self._refused, MAX_EXPONENT)))
-            except (ConnectionLost, ConnectError) as error:
-                attempt += 1
+            except ServerFull as error:  # until there is room: meanwhile append() waits
+                await anyio.sleep(self._full.after(error))
+            except (ConnectionLost, ConnectError, ServerUnavailable) as error:
                 self._start_again()
-                if attempt >= ATTEMPTS or isinstance(error, FINAL):
+                try:
+                    pause = self._retry.after(error, self._connection)
+                except AionpredisError:
                     self._fail(error)
-                    attempt = 0
                 else:
-                    await anyio.sleep(BACKOFF.compute(attempt))
+                    await anyio.sleep(pause)
             except ServerError as error:
                 self._fail(error)
 
@@ -198,7 +205,8 @@ class Committer:
                 self._connection.abandon(one.reply)
 
     def _start_again(self) -> None:
-        """After a broken connection nothing is known about what travelled: each chunk begins with its SET again."""
+        """After a fault nothing is known about what travelled, or is still there: each chunk begins with its SET again."""
+        self.abandon()
         self._backlog[:0] = [commit for one in self._rounds for commit in one.commits]
         self._rounds.clear()
         for commit in self._backlog:
@@ -208,8 +216,8 @@ class Committer:
     def _fail(self, error: AionpredisError) -> None:
         """Give up what is not committed. What was sent keeps its lease, so nothing stays on the server for ever."""
         self.failure = error
-        self._refused = 0
-        self.abandon()
+        self._retry.reset()
+        self._full.reset()
         self._start_again()
         for commit in self._backlog:
             self._settle(commit, committed=False)

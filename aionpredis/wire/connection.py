@@ -279,16 +279,20 @@ class Connection:
             self.abort(error)
 
     def abort(self, error: Exception) -> None:
-        """Close at once; every outstanding request fails with a copy of ``error``. Never waits; may be called again."""
+        """Close at once; every outstanding request fails with a copy of ``error``. Never waits; may be called again.
+
+        Bytes that are no RESP2 are the answer to the first of them only; the others have lost their connection.
+        """
         if self.lost is not None:
             return
-        self.lost = error
+        self.lost = ConnectionLost(*error.args) if isinstance(error, ProtocolError) else error
         self._ready.closing()
         self._sock.raw.close()
         self._outbox.clear()
         for reply in self._parser.pending:
             reply.done = True
             reply.error = _copy(error)
+            error = self.lost
         self._parser.pending.clear()
         for reply in self._waiting:  # also those whose replies were complete when the bytes behind them made no sense
             reply.waiter.wake()

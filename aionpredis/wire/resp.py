@@ -23,7 +23,7 @@ from itertools import accumulate
 from numbers import Real
 from typing import Any, TypeAlias
 
-from aionpredis.errors import ProtocolError, ServerError, ServerFull, UsageError
+from aionpredis.errors import ProtocolError, ServerError, ServerFull, ServerUnavailable, UsageError
 from aionpredis.memory import aligned_empty
 
 __all__ = ["Blob", "Buffer", "Parser", "Pattern", "Reply", "Template", "encode", "encode_bytes", "encode_set"]
@@ -261,10 +261,10 @@ class Reply:
 
     When ``done``, either ``error`` is set (the connection broke), or ``matched`` is true (all went as the template
     predicted; ``values`` is empty), or ``values`` holds ``count`` results: ``bytes``, ``int``, ``None``, lists of them,
-    :class:`ServerError` instances, and whatever :meth:`bulk` named.
+    :class:`ServerError` instances, and whatever :meth:`bulk` named. ``refusal``: the last of them that may pass.
     """
 
-    __slots__ = ("abandoned", "count", "done", "error", "matched", "sent", "template", "values", "waiter")
+    __slots__ = ("abandoned", "count", "done", "error", "matched", "refusal", "sent", "template", "values", "waiter")
 
     def __init__(self, count: int = 1, template: Template | None = None) -> None:
         self.count = count
@@ -275,6 +275,7 @@ class Reply:
         self.abandoned = False
         self.sent = False  # a byte of the request was given to the kernel
         self.error: Exception | None = None
+        self.refusal: ServerUnavailable | None = None
         self.waiter: Any = None
 
     def bulk(self, size: int) -> tuple[Sequence[memoryview], Any] | None:
@@ -295,7 +296,10 @@ class Reply:
 
 def server_error(line: bytes) -> ServerError:
     text = line.decode("utf-8", "replace")
-    return ServerFull(text) if text.startswith("OOM ") else ServerError(text)
+    code = text.partition(" ")[0]
+    if code == "OOM":
+        return ServerFull(text)
+    return ServerUnavailable(text) if code in ServerUnavailable.CODES else ServerError(text)
 
 
 DROPPED = memoryview(bytearray(STAGING))
@@ -560,6 +564,8 @@ class Parser:
                 value = self._number(line)
             elif kind == 0x2D:  # -
                 value = server_error(bytes(line))
+                if isinstance(value, ServerUnavailable):
+                    reply.refusal = value
             elif kind == 0x2A:  # *
                 length = self._number(line)
                 if length > 0:
