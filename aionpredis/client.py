@@ -436,6 +436,7 @@ class Client:
             if topology.lost is not None:
                 self.faults.begins(LOST, topology.lost)
             connection = await topology.connection()
+            self.faults.changes += 1
             self.faults.ends(LOST)
         return connection
 

@@ -49,6 +49,9 @@ def backoff(attempts: int) -> float:
     return float(BACKOFF.compute(min(attempts, MAX_EXPONENT)))
 
 
+GIVEN_UP = "given up after"
+
+
 class Faults:
     """What the tasks of one client share about its server's faults: ``retry_timeout``, the counters and the log's lines.
 
@@ -66,6 +69,8 @@ class Faults:
         self.counters = counters
         self.place = ""
         """The server's address as it may stand in a log."""
+        self.changes = 0
+        """Grows when the server may have become another one, or may have lost data: a failover can undo what was read."""
         self._began: dict[str, float] = {}  # by kind
 
     def begins(self, kind: str, error: Exception) -> None:
@@ -85,6 +90,9 @@ class Faults:
 
 LOST = "lost connection"
 """The kind of fault that every broken or refused connection is."""
+
+CHANGES = {"LOADING", "READONLY", "MASTERDOWN", "UNBLOCKED"}
+"""Refusals of a server whose data are being replaced, or whose role was changed."""
 
 
 class Retry:
@@ -126,10 +134,11 @@ class Retry:
         if code == "READONLY" and connection is not None:
             connection.abort(ConnectionLost("the server has become a replica"))
         kind = code if isinstance(error, ServerError) else LOST
+        faults.changes += kind == LOST or kind in CHANGES
         if isinstance(error, FINAL) or elapsed >= self._seconds:
-            if self.attempts > 1:
+            if self.attempts > 1 and GIVEN_UP not in str(error):  # who called may have tried by itself
                 times = f"{self.attempts} attempts in {elapsed:.1f} s"
-                error.args = (f"{error.args[0]} (given up after {times})", *error.args[1:])
+                error.args = (f"{error.args[0]} ({GIVEN_UP} {times})", *error.args[1:])
             faults.forget(kind)
             self._kinds.discard(kind)
             raise error

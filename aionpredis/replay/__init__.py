@@ -116,6 +116,7 @@ class Replay:
         self._lease = lease
         self._capacity = -(-(capacity or 0) // chunk)  # in chunks
         self._max_lag = -(-(max_lag or 0) // chunk)
+        self._beginning: runs.Beginning | None = None  # of the run that was begun here
 
     @property
     def name(self) -> str:
@@ -145,6 +146,8 @@ class Replay:
         version = 0
         while True:
             try:
+                if self._beginning is not None:
+                    await self._beginning.confirm()  # else the next run could get its number, and its actors' commits
                 if weights is not None and not version:
                     version = await self.policy.publish(weights)
                 run = await runs.begin(self._client, self._names, policy=version, schema=self.schema.digest)
@@ -152,11 +155,14 @@ class Replay:
             except ServerFull:  # for SET and XADD; UNLINK is not refused
                 if not await runs.delete_oldest(self._client, self._names):
                     raise
+        self._beginning = runs.Beginning(self._client, self._names, run)
         await runs.delete_below(self._client, self._names, run.run - keep + 1)
         return run
 
     async def latest_run(self) -> Run | None:
         """The newest run; ``None`` if none was ever begun."""
+        if self._beginning is not None:
+            await self._beginning.confirm()
         return await runs.latest(self._client, self._names)
 
     async def delete_runs_before(self, run: int | Run) -> int:
@@ -214,7 +220,7 @@ class Replay:
 
     async def count(self, run: int | Run | None = None) -> int:
         """How many transitions are committed to the run (default: the newest)."""
-        log = LogReader(self._client, self._names, await self._run(run))
+        log = self._log(await self._run(run))
         chunks: list[ChunkId] = []
         await log.read_all(chunks)
         return sum(chunk.rows for chunk in chunks)
@@ -242,7 +248,7 @@ class Replay:
         """
         number = await self._run(run)
         if after is None:
-            log = LogReader(self._client, self._names, number, _shard(shard))
+            log = self._log(number, _shard(shard))
         elif after.run == number:
             log = after.log
         else:
@@ -259,7 +265,7 @@ class Replay:
         shard: tuple[int, int] = (0, 1),
     ) -> Batches:
         """The run's transitions as they are committed, each once; ends when the run has ended. Otherwise like epoch."""
-        log = LogReader(self._client, self._names, await self._run(run), _shard(shard))
+        log = self._log(await self._run(run), _shard(shard))
         return self._batches(log, FollowSource(log), batch, drop_last, self._progress(log))
 
     async def consume(
@@ -277,9 +283,13 @@ class Replay:
         to another one of the group. A batch may be shorter, when there is nothing more at the moment. By a consumer group of
         the server's; readers that need each chunk exactly once share by ``shard=``.
         """
-        log = LogReader(self._client, self._names, await self._run(run))
+        log = self._log(await self._run(run))
         source = GroupSource(self._client, self._names, log, check_name(group), reclaim=reclaim)
         return self._batches(log, source, batch, False)
+
+    def _log(self, run: int, shard: tuple[int, int] = (0, 1)) -> LogReader:
+        mine = self._beginning is not None and self._beginning.begin.run == run
+        return LogReader(self._client, self._names, run, shard, self._beginning if mine else None)
 
     def _progress(self, log: LogReader) -> Progress | None:
         return Progress(self._client, self._names, log.run, f"{log.shard[0]}") if self._max_lag else None
@@ -297,7 +307,7 @@ class Replay:
         Each transition has the same share, but those of a chunk come together, so a batch of 256 from chunks of 16 holds
         16 independent draws. That makes it as fast as :meth:`epoch`; :meth:`sampler` draws each transition on its own.
         """
-        log = LogReader(self._client, self._names, await self._run(run), _shard(shard))
+        log = self._log(await self._run(run), _shard(shard))
         return self._batches(log, DrawSource(log, np.random.default_rng(seed)), batch, False)
 
     async def sampler(
@@ -349,7 +359,7 @@ class Replay:
                 f"sample() waits for {least} transitions (min_size, samples_per_insert), and the actors stop at "
                 f"max_lag={self._max_lag * self._chunk}: make max_lag larger"
             )
-        log = LogReader(self._client, self._names, await self._run(run), _shard(shard))
+        log = self._log(await self._run(run), _shard(shard))
         return Sampler(
             self._client,
             self._names,

@@ -117,7 +117,7 @@ class Actor:
         self._length = chunk
         self._seq = 0
         self._numbered = 0  # the run whose chunks _seq counts
-        self._last_run = 0  # join() waits for a newer one
+        self._last: Begin | None = None  # join() waits for another one
         self._stats = ActorStats()
         wanted = BUFFER_BYTES // schema.layout(chunk).size
         self.buffers = max(MIN_BUFFERS, min(MAX_BUFFERS, wanted))
@@ -205,11 +205,11 @@ class Actor:
         fruitless = 0
         while True:
             begin = await runs.latest(self._client, self._names)
-            if begin is not None and begin.run > self._last_run:
+            if begin is not None and (self._last is None or begin.token != self._last.token):
                 break
             if fruitless > 1:  # the log has gone on without a run: it is being deleted
                 await anyio.sleep(backoff(fruitless))
-            after = (self._last_run, streams.RIGHT_MAX)
+            after = (0 if self._last is None else self._last.run, streams.RIGHT_MAX)
             fruitless += bool(await streams.read_blocking(self._client, self._names.log, after, 1))
         if begin.schema != self._schema.digest:
             raise SchemaMismatch(
@@ -219,7 +219,8 @@ class Actor:
             )
         if self._numbered != begin.run:
             self._numbered, self._seq = begin.run, 0
-        self.run, self._last_run = begin, begin.run
+        self._committer.beginning = runs.Beginning(self._client, self._names, begin)
+        self.run = self._last = begin
         self._begin_chunk()
         return begin
 
@@ -314,7 +315,7 @@ class Actor:
         self._commit_current()
         self.run = None
         if self._committer.failure is not None:
-            self._last_run = run.run - 1
+            self._last = None
             raise self._committer.failure
         if self._committer.gone:
             raise ReplayGone(f"the log of {name!r} was deleted", replay=name, run=run.run)

@@ -112,6 +112,8 @@ class Committer:
         self.failure: AionpredisError | None = None
         self.ended = False
         self.gone = False
+        self.beginning: runs.Beginning | None = None
+        """Of the run that is committed to."""
         self._client = client
         self._names = names
         self._log = names.log.encode()
@@ -143,6 +145,12 @@ class Committer:
         """Whether there are chunks that are not settled."""
         return bool(self._rounds or self._backlog)
 
+    @property
+    def _holds_back(self) -> bool:
+        """Whether nothing is to be sent before :meth:`work` says so."""
+        doubtful = self.beginning is not None and self.beginning.doubtful
+        return doubtful or self._full.attempts > 0 or self._retry.attempts > 0
+
     def reset(self) -> None:
         """Commit again, to another run, or in spite of a failure."""
         self.failure, self.ended, self.gone = None, False, False
@@ -151,7 +159,7 @@ class Committer:
         """Send a chunk, and with it what waits to be sent of others. Its buffer is borrowed until it is settled."""
         self._backlog.append(_Commit(buffer, run, self._names.data(run, chunk), chunk))
         connection = self._connection
-        if connection is not None and connection.lost is None and not (self._full.attempts or self._retry.attempts):
+        if connection is not None and connection.lost is None and not self._holds_back:
             self._submit(connection)
         self._to_do.set()
 
@@ -170,6 +178,11 @@ class Committer:
                 continue
             try:
                 self._connection = connection = self._client.live_connection or await self._client.connection()
+                if not self._rounds and self.beginning is not None and self.beginning.doubtful:
+                    if not await self.beginning.confirm():
+                        self.ended = True
+                        self._give_up()
+                    continue
                 if not self._rounds:
                     # What is small waits while something travels, and goes with the next chunk: an actor that appends
                     # without a pause fills that now.
@@ -214,8 +227,11 @@ class Committer:
             commit.step = _Step.SET
 
     def _fail(self, error: AionpredisError) -> None:
-        """Give up what is not committed. What was sent keeps its lease, so nothing stays on the server for ever."""
         self.failure = error
+        self._give_up()
+
+    def _give_up(self) -> None:
+        """Give up what is not committed. What was sent keeps its lease, so nothing stays on the server for ever."""
         self._retry.reset()
         self._full.reset()
         self._start_again()

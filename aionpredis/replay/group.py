@@ -69,9 +69,11 @@ class GroupSource:
                     return False
                 await anyio.sleep(self._pause)  # another learner holds them: they are acknowledged, or reclaimed
         except ServerError as error:
-            if "NOGROUP" in str(error):  # the run is over, and the group of the next one was made
+            if "NOGROUP" not in str(error):
+                raise
+            if await self._has_ended():  # the group of the next run was made
                 return False
-            raise
+            self._made = False  # a failover has lost it; what was acknowledged comes again
         return True
 
     async def acknowledge(self, chunks: list[ChunkId]) -> None:

@@ -10,20 +10,22 @@ import re
 import struct
 import zlib
 from collections import deque
-from functools import lru_cache
+from collections.abc import Sequence
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from aionpredis import streams
 from aionpredis.errors import CorruptValue
 from aionpredis.names import check_name
 from aionpredis.wire import resp
-from aionpredis.wire.resp import Reply
+from aionpredis.wire.resp import Buffer, Reply
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
     from aionpredis.client import Client
+    from aionpredis.replay.runs import Beginning
 
 __all__ = ["Begin", "ChunkId", "LogReader", "Names", "look_again", "pack"]
 
@@ -119,6 +121,10 @@ class CommitsReply(Reply):
         return ChunkId(incarnation, seq, rows, bytes(staging[at + _ENTRY.size : stop]), int(match[1])), stop + 2
 
 
+def _commits(command: Sequence[Buffer]) -> tuple[Sequence[Buffer], CommitsReply]:
+    return command, CommitsReply()
+
+
 def _commit(entry: list[Any]) -> ChunkId:
     """The same from an entry as it was parsed."""
     raw_id, fields = entry
@@ -158,27 +164,49 @@ class Seen:
 class LogReader:
     """Reads the commits of one run, each chunk once; of ``n`` learners, the i-th (``shard=(i, n)``) its own chunks only.
 
-    ``ended``: a newer run has begun, or the log is gone.
+    A failover can take the last entries away, and give their ids to others. So whenever the server may have become another
+    one, the run is read again from its beginning; what is known already is passed over.
+
+    ``ended``: a newer run has begun, the log is gone, or another run has taken this one's number. ``beginning``: of a run
+    that this process began, and therefore keeps.
     """
 
-    def __init__(self, client: Client, names: Names, run: int, shard: tuple[int, int] = (0, 1)) -> None:
+    def __init__(
+        self,
+        client: Client,
+        names: Names,
+        run: int,
+        shard: tuple[int, int] = (0, 1),
+        beginning: Beginning | None = None,
+    ) -> None:
         self.run = run
         self.shard = shard
         self.ended = False
         self.duplicates = 0
         self._client = client
         self._names = names
+        self._beginning = beginning
+        self._changes = client.faults.changes
         self._cursor = (run, 0)
+        self._fresh = True  # read from the beginning, inclusively
+        self._token: bytes | None = None
+        self._replaced = False  # another run has the number
+        self._known_to = 0  # up to this entry the log was read before
         self._seen: dict[bytes, Seen] = {}
+        self._missed: dict[tuple[bytes, int], int] = {}
 
     async def read(self, *, wait: bool) -> list[ChunkId]:
         """Chunks committed since the last call; with ``wait``, at least one, unless the run ended or seconds passed."""
-        present = await self._page()
+        present, _ = await self._page()
         if not present and wait and not self.ended:
             entries = await streams.read_blocking(self._client, self._names.log, self._cursor)
+            if self._client.faults.changes != self._changes:
+                return self._take((await self._page())[0])
             if not entries:
                 last = await streams.last_generated(self._client, self._names.log)
                 self.ended = last is None or last[0] > self.run
+                if last is not None and last < self._cursor:
+                    self._read_again()
             elif entries[-1][0][0] != self.run:
                 self.ended = True
             # All are unpacked before anything is noted: an error leaves everything as it was.
@@ -188,29 +216,64 @@ class LogReader:
     async def read_all(self, chunks: list[ChunkId] | deque[ChunkId]) -> None:
         """Append all chunks committed since the last call, up to now. Cancelled, it can be called again."""
         while True:
-            present = await self._page()
+            present, more = await self._page()
             chunks.extend(self._take(present))
-            if len(present) < streams.PAGE:
+            if not more:
                 return
 
-    async def _page(self) -> list[ChunkId]:
-        """The next commits of the run; none if there are no more yet."""
-        left, right = self._cursor
-        first, last = f"({left}-{right}", f"{self.run}-{streams.RIGHT_MAX}"
-        command = resp.encode("XRANGE", self._names.log, first, last, "COUNT", streams.PAGE)
-        reply = await self._client.request(lambda: (command, CommitsReply()))
-        return [item if type(item) is ChunkId else _commit(item) for item in reply.result()]
+    async def _page(self) -> tuple[list[ChunkId], bool]:
+        """The next commits of the run, and whether there are more; none if there are no more yet."""
+        faults = self._client.faults
+        while True:
+            if self._beginning is not None and self._beginning.doubtful and not await self._beginning.confirm():
+                self._replaced = True
+            if self._replaced:
+                self.ended = True
+                return [], False
+            first = f"{self.run}-0" if self._fresh else f"({self.run}-{self._cursor[1]}"
+            last = f"{self.run}-{streams.RIGHT_MAX}"
+            command = resp.encode("XRANGE", self._names.log, first, last, "COUNT", streams.PAGE)
+            reply = await self._client.request(partial(_commits, command))
+            if faults.changes == self._changes:
+                break
+            self._changes = faults.changes
+            self._read_again()
+        items = reply.result()
+        more = len(items) == streams.PAGE
+        if self._fresh and items and type(items[0]) is not ChunkId and items[0][1][:1] == [b"begin"]:
+            token = items.pop(0)[1][1]
+            if self._token not in (None, token):
+                self._replaced = self.ended = True
+                return [], False
+            self._token = token
+        return [item if type(item) is ChunkId else _commit(item) for item in items], more
+
+    def _read_again(self) -> None:
+        self._known_to = max(self._known_to, self._cursor[1])
+        self._cursor = (self.run, 0)
+        self._fresh = True
 
     def _take(self, present: list[ChunkId]) -> list[ChunkId]:
         """The chunks that are new."""
         chunks: list[ChunkId] = []
         for chunk in present:
             self._cursor = self.run, chunk.entry
-            if not self._seen.setdefault(chunk.incarnation, Seen()).add(chunk.seq):
-                self.duplicates += 1
+            self._fresh = False
+            is_new = self._seen.setdefault(chunk.incarnation, Seen()).add(chunk.seq)
+            if not is_new and self._missed.get(chunk[:2], chunk.entry) != chunk.entry:
+                del self._missed[chunk[:2]]
+                is_new = (
+                    True  # its actor found that the data had gone before the commit was complete, and sent it again
+                )
+            if not is_new:
+                self.duplicates += chunk.entry > self._known_to
             elif share(chunk, self.shard[1]) == self.shard[0]:
                 chunks.append(chunk)
         return chunks
+
+    def miss(self, chunk: ChunkId) -> None:
+        """Its data are not on the server. It counts as not read if it is committed again."""
+        self._missed[chunk[:2]] = chunk.entry
 
     @property
     def entry(self) -> int:

@@ -423,6 +423,7 @@ class Batches:
             self.stats.evicted += 1
         else:
             self.stats.missing += 1
+            self._log.miss(wanted.chunk)
             warnings.warn(
                 f"chunk {wanted.key!r} is in the log, but not on the server: it was lost, or an actor died while "
                 "committing it",
