@@ -473,6 +473,8 @@ class Client:
             buffers, reply = make()
             try:
                 connection = await self.connection()
+                if not repeatable:
+                    connection.check()  # once it is sent, a broken connection leaves the outcome unknown
                 await connection.wait(connection.submit(buffers, reply), eager=True)
             except (ConnectionLost, ConnectError) as error:
                 if reply.sent and not repeatable:

@@ -135,8 +135,9 @@ class Retry:
             connection.abort(ConnectionLost("the server has become a replica"))
         kind = code if isinstance(error, ServerError) else LOST
         faults.changes += kind == LOST or kind in CHANGES
-        if isinstance(error, FINAL) or elapsed >= self._seconds:
-            if self.attempts > 1 and GIVEN_UP not in str(error):  # who called may have tried by itself
+        is_final = isinstance(error, FINAL)
+        if is_final or elapsed >= self._seconds:
+            if self.attempts > 1 and not is_final and GIVEN_UP not in str(error):  # who called may have tried by itself
                 times = f"{self.attempts} attempts in {elapsed:.1f} s"
                 error.args = (f"{error.args[0]} ({GIVEN_UP} {times})", *error.args[1:])
             faults.forget(kind)

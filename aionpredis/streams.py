@@ -71,13 +71,17 @@ async def page(client: Client, stream: str, first: str, last: str, count: int = 
 
 
 async def read_blocking(client: Client, stream: str, after: tuple[int, int], count: int = PAGE) -> list[Entry]:
-    """Entries behind ``after``; waits for the first one up to ``client.block_seconds``, then returns nothing.
+    """Entries behind ``after``; waits for the first one up to ``client.block_seconds``, then returns nothing. So it does
+    after a broken connection: the server that is reached now may not have what ``after`` names.
 
     By ``XREAD BLOCK`` on a connection of its own. A stream that does not exist yet is waited for.
     """
     milliseconds = int(client.block_seconds * 1000)
+    changes = client.faults.changes
 
     async def read(connection: Connection) -> Any:
+        if client.faults.changes != changes:
+            return None
         command = ("XREAD", "COUNT", count, "BLOCK", milliseconds, "STREAMS", stream, f"{after[0]}-{after[1]}")
         return (await ask(connection, command))[0]
 

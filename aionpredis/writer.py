@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -139,7 +140,8 @@ class Writer:
     async def __aenter__(self) -> Writer:
         if self._tasks is not None:
             raise UsageError("a writer is for one `async with` block")
-        self._connection = await self._client.connection()
+        with suppress(ConnectError):  # the pump tries again
+            self._connection = await self._client.connection()
         self._tasks = anyio.create_task_group()
         await self._tasks.__aenter__()
         self._tasks.start_soon(self._pump)

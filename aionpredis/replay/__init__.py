@@ -146,11 +146,15 @@ class Replay:
         version = 0
         while True:
             try:
-                if self._beginning is not None:
-                    await self._beginning.confirm()  # else the next run could get its number, and its actors' commits
                 if weights is not None and not version:
                     version = await self.policy.publish(weights)
-                run = await runs.begin(self._client, self._names, policy=version, schema=self.schema.digest)
+                run = await runs.begin(
+                    self._client,
+                    self._names,
+                    policy=version,
+                    schema=self.schema.digest,
+                    above=0 if self._beginning is None else self._beginning.begin.run,
+                )
                 break
             except ServerFull:  # for SET and XADD; UNLINK is not refused
                 if not await runs.delete_oldest(self._client, self._names):
@@ -161,9 +165,11 @@ class Replay:
 
     async def latest_run(self) -> Run | None:
         """The newest run; ``None`` if none was ever begun."""
-        if self._beginning is not None:
+        while True:
+            run = await runs.latest(self._client, self._names)
+            if self._beginning is None or not self._beginning.doubtful:
+                return run
             await self._beginning.confirm()
-        return await runs.latest(self._client, self._names)
 
     async def delete_runs_before(self, run: int | Run) -> int:
         """Delete the data of all runs before this one; how many chunks were deleted. Finishes what a crash interrupted."""

@@ -82,8 +82,10 @@ class Beginning:
         return True
 
 
-async def begin(client: Client, names: Names, *, policy: int, schema: str) -> Begin:
+async def begin(client: Client, names: Names, *, policy: int, schema: str, above: int = 0) -> Begin:
     """Begin the next run: an ``XADD`` of the explicit id ``run-0``, so of two trainers one wins.
+
+    ``above``: its number is larger than this, too, which a failover may have made the log forget.
 
     Raises:
         RunConflict: another trainer began that run.
@@ -97,12 +99,12 @@ async def begin(client: Client, names: Names, *, policy: int, schema: str) -> Be
         # Microseconds by the server's clock: larger than any run of a deleted replay of this name, so that its actors
         # are stale, too, unless it has begun a run per microsecond. Exact in a float64.
         seconds, micros = await client.call("TIME", repeatable=True)
-        run = int(seconds) * 1_000_000 + int(micros)
+        run = max(int(seconds) * 1_000_000 + int(micros), above + 1)
         begun: bool | None = await _create(client, names, run, entry)
     elif last[0] == CLOSED:
         raise ReplayGone(f"{names.name!r} is being deleted; if that was interrupted: delete() again", replay=names.name)
     else:
-        run = last[0] + 1
+        run = max(last[0], above) + 1
         begun = await streams.claim(client, names.log, run, entry)
         if begun is None:
             raise ReplayGone(f"the log of {names.name!r} was deleted meanwhile", replay=names.name, run=run)

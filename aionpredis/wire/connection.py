@@ -104,6 +104,11 @@ class Connection:
             self._outbox.append(_Outgoing(buffers, reply))
         return reply
 
+    def check(self) -> None:
+        """Notice an end that came while nothing was asked for (a server's idle ``timeout``): see :attr:`lost`."""
+        if not self._parser.pending and not self._driving:
+            self._receive()
+
     async def wait(self, reply: Reply, *, eager: bool = False) -> None:
         """Return when the reply is done. Cancelled, the reply is abandoned: nothing more is written into its memory.
 

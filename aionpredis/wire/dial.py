@@ -143,6 +143,10 @@ def _ping(connection: Any) -> None:
         connection.read_response()
     except redis.exceptions.NoPermissionError:  # answered, too
         pass
+    except redis.ResponseError as error:
+        if not str(error).startswith("MISCONF"):  # it cannot save, and answers everything but writes and this
+            connection.disconnect()
+            raise
     except BaseException:
         connection.disconnect()
         raise
