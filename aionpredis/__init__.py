@@ -59,6 +59,7 @@ from aionpredis.replay import (
     VectorActor,
 )
 from aionpredis.server import Server
+from aionpredis.stats import Stats
 from aionpredis.writer import Writer
 
 __version__ = "0.1.0"
@@ -108,6 +109,7 @@ __all__ = [
     "ServerUnavailable",
     "Shuffled",
     "Stalled",
+    "Stats",
     "Uniform",
     "UsageError",
     "VectorActor",

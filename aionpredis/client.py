@@ -49,7 +49,7 @@ from aionpredis.requests import (
     values_reply,
 )
 from aionpredis.retry import LOST, Faults, Retry
-from aionpredis.stats import Counters
+from aionpredis.stats import Counters, Stats
 from aionpredis.wire import resp
 from aionpredis.wire.connection import Connection
 from aionpredis.wire.dial import Dialer
@@ -100,6 +100,7 @@ class Client:
             "timeout": timeout,
             "connect_timeout": connect_timeout,
             "max_bulk": max_value_bytes,
+            "counters": self.counters,
             **options,
         }
         self._max_value_bytes = max_value_bytes
@@ -396,6 +397,10 @@ class Client:
         buffers = [buffer for command in commands for buffer in resp.encode(*command)]
         reply = await self.request(lambda: (buffers, Reply(len(commands))), repeatable=repeatable)
         return reply.values
+
+    def stats(self) -> Stats:
+        """What this client has done so far, and its writers, actors and readers with it."""
+        return self.counters.snapshot()
 
     # --- larger things -------------------------------------------------------------------------------------------------
 

@@ -52,6 +52,10 @@ class Pipeline(Generic[T]):
         self._entries: deque[_Entry[T]] = deque()
         self._window = 0
 
+    def __del__(self) -> None:
+        # A reader that is left in the middle has nothing to close.
+        self._client.counters.inflight_bytes -= self._window
+
     def __len__(self) -> int:
         return len(self._entries)
 
@@ -68,6 +72,7 @@ class Pipeline(Generic[T]):
         entry = _Entry(make, size, tag)
         self._entries.append(entry)
         self._window += size
+        self._client.counters.inflight_bytes += size
         connection = self._client.live_connection
         if connection is not None:  # else next() submits it
             entry.submit(connection)
@@ -111,6 +116,7 @@ class Pipeline(Generic[T]):
     def _pop(self, oldest: _Entry[T], reply: Reply) -> tuple[Reply, T]:
         self._entries.popleft()
         self._window -= oldest.size
+        self._client.counters.inflight_bytes -= oldest.size
         return reply, oldest.tag
 
     def abandon(self) -> None:
@@ -119,4 +125,5 @@ class Pipeline(Generic[T]):
             if entry.reply is not None and entry.connection is not None:
                 entry.connection.abandon(entry.reply)
         self._entries.clear()
+        self._client.counters.inflight_bytes -= self._window
         self._window = 0

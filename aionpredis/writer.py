@@ -116,6 +116,7 @@ class Writer:
         if isinstance(max_inflight, bool) or not isinstance(max_inflight, int) or max_inflight < 1:
             raise UsageError(f"max_inflight is a positive number of bytes, not {max_inflight!r}")
         self._client = client
+        self._counters = client.counters
         self._bound = max_inflight
         self._copy = copy
         self._options = ttl_options(ttl)
@@ -164,7 +165,10 @@ class Writer:
             self._room.set()
             self._abandon()
             self._tasks.cancel_scope.cancel()
-            await self._tasks.__aexit__(None, None, None)  # the pump raises nothing, so neither does this
+            try:
+                await self._tasks.__aexit__(None, None, None)  # the pump raises nothing: only a cancellation comes out
+            finally:
+                self._counters.inflight_bytes -= self._held  # what a cancelled block drops
         if failed is not None:
             if error is None:
                 raise failed
@@ -240,6 +244,7 @@ class Writer:
         await anyio.lowlevel.checkpoint()
         self._check_open()
         length = max(size, self._arena_size)
+        self._counters.waits += self._held > 0 and self._held + length > self._bound
         while self._held and self._held + length > self._bound:
             await self._wait_for_room()
             if self._current is not None:
@@ -249,11 +254,12 @@ class Writer:
             self._arenas.clear()  # else they and the large ones would be twice the bound
         pooled = length == self._arena_size and self._arenas
         self._current = batch = _Batch(self._arenas.pop() if pooled else memoryview(bytearray(length)))
-        self._held += length
+        self._hold(length)
         return batch
 
     async def _borrow(self, key: Key, commands: list[Buffer], size: int) -> None:
         """Accept without a copy. If a copy was promised, the call lasts until the bytes are stored."""
+        self._counters.waits += self._held > 0 and self._held + size > self._bound
         while self._held and self._held + size > self._bound:
             self._close_batch()
             await self._wait_for_room()
@@ -268,7 +274,7 @@ class Writer:
         batch.buffers += commands
         batch.keys.append(key)
         batch.size += size
-        self._held += size
+        self._hold(size)
         if self._copy:
             self._close_batch()
             try:
@@ -372,6 +378,7 @@ class Writer:
         """
         connection, self._connection = self._connection, None
         for batch in self._inflight:
+            self._counters.repeated += len(batch.keys)
             if batch.reply is not None and connection is not None:
                 connection.abandon(batch.reply)
             batch.reply = None
@@ -393,9 +400,13 @@ class Writer:
                     self._failures.append((key, value))
         self._free(batch)
 
+    def _hold(self, size: int) -> None:
+        self._held += size
+        self._counters.inflight_bytes += size
+
     def _free(self, batch: _Batch) -> None:
         batch.settled = True
-        self._held -= batch.size
+        self._hold(-batch.size)
         if batch.arena is not None and len(batch.arena) == self._arena_size:
             self._arenas.append(batch.arena)
         self._room.set()

@@ -598,9 +598,8 @@ async def test_reader_finds_what_took_the_ids_of_lost_entries(failover: Failover
                     failover.happen()
                     await fill(actor, range(80, 120))
                     await actor.flush()
-                    assert [entry for entry, _ in failover.new.xrange("{r}:log", f"{run.run}-20")] == [
-                        b"%d-20" % run.run
-                    ]
+                    entries: Any = failover.new.xrange("{r}:log", f"{run.run}-20")
+                    assert [entry for entry, _ in entries] == [b"%d-20" % run.run]
                     while len(found) < 120:
                         await anyio.sleep(0.005)
                     drawn: set[int] = set()

@@ -173,8 +173,10 @@ class Actor:
                     failure = caught
         finally:
             self._tasks.cancel_scope.cancel()
-            await self._tasks.__aexit__(*((kind, error, trace) if cancelled else (None, None, None)))
-            self._committer.abandon()
+            try:
+                await self._tasks.__aexit__(*((kind, error, trace) if cancelled else (None, None, None)))
+            finally:
+                self._committer.close()
         if failure is not None:
             if error is None:
                 raise failure
@@ -280,6 +282,7 @@ class Actor:
         self._stats.appended += rows
         if self._committer.over:
             self._stats.stale += rows
+            self._client.counters.stale += rows
             self._free.append(buffer)
             return
         chunk = ChunkId(self.incarnation, self._seq, rows, buffer.episode_ends(rows))
@@ -298,7 +301,9 @@ class Actor:
         await self._lag.wait(*self._committer.newest)
         self._check()
         self._commit_current()
-        self._stats.waits += not self._free
+        if not self._free:
+            self._stats.waits += 1
+            self._client.counters.waits += 1
         while self._current is None:
             if self._free:
                 self._begin_chunk()

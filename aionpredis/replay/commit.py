@@ -8,6 +8,7 @@ those of different chunks travel together.
 from __future__ import annotations
 
 import enum
+import logging
 import math
 import time
 from collections import deque
@@ -40,6 +41,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Committer"]
 
+logger = logging.getLogger(__name__)
+
 MAX_SURPLUS = 16
 """Chunks beyond the capacity after which somebody evicts: whoever commits an entry whose number divides by this, so that of
 many actors one does, and if it dies the next one. It costs three round trips."""
@@ -64,7 +67,7 @@ class _Step(enum.Enum):
 class _Commit:
     """A chunk on its way; its buffer is held until it is settled."""
 
-    __slots__ = ("buffer", "chunk", "key", "leased", "packed", "repeated", "run", "searched", "step", "value")
+    __slots__ = ("buffer", "chunk", "key", "leased", "packed", "repeated", "run", "searched", "size", "step", "value")
 
     def __init__(self, buffer: ChunkBuffer, run: int, key: bytes, chunk: ChunkId) -> None:
         self.buffer = buffer
@@ -73,6 +76,7 @@ class _Commit:
         self.chunk = chunk
         self.packed = pack(chunk)
         self.value = buffer.value(chunk.rows)
+        self.size = sum(map(len, self.value))
         self.leased = 0.0  # when the lease was last begun anew
         self.repeated = False  # it may be in the log already
         self.searched = f"{run}-{streams.RIGHT_MAX}"  # the log was searched for it down to this entry
@@ -115,6 +119,7 @@ class Committer:
         self.beginning: runs.Beginning | None = None
         """Of the run that is committed to."""
         self._client = client
+        self._counters = client.counters
         self._names = names
         self._log = names.log.encode()
         self._lease = lease
@@ -157,7 +162,9 @@ class Committer:
 
     def commit(self, buffer: ChunkBuffer, run: int, chunk: ChunkId) -> None:
         """Send a chunk, and with it what waits to be sent of others. Its buffer is borrowed until it is settled."""
-        self._backlog.append(_Commit(buffer, run, self._names.data(run, chunk), chunk))
+        commit = _Commit(buffer, run, self._names.data(run, chunk), chunk)
+        self._counters.inflight_bytes += commit.size
+        self._backlog.append(commit)
         connection = self._connection
         if connection is not None and connection.lost is None and not self._holds_back:
             self._submit(connection)
@@ -201,6 +208,7 @@ class Committer:
             except ServerFull as error:  # until there is room: meanwhile append() waits
                 await anyio.sleep(self._full.after(error))
             except (ConnectionLost, ConnectError, ServerUnavailable) as error:
+                self._counters.repeated += sum(len(one.commits) for one in self._rounds)
                 self._start_again()
                 try:
                     pause = self._retry.after(error, self._connection)
@@ -210,6 +218,14 @@ class Committer:
                     await anyio.sleep(pause)
             except ServerError as error:
                 self._fail(error)
+
+    def close(self) -> None:
+        """Nothing is committed any more, and nothing is read from the buffers."""
+        self.abandon()
+        for commit in (*self._backlog, *(commit for one in self._rounds for commit in one.commits)):
+            self._counters.inflight_bytes -= commit.size
+        self._backlog.clear()
+        self._rounds.clear()
 
     def abandon(self) -> None:
         """Nobody waits for the replies any more, and nothing is read from the buffers."""
@@ -227,6 +243,7 @@ class Committer:
             commit.step = _Step.SET
 
     def _fail(self, error: AionpredisError) -> None:
+        logger.warning("%s: chunks on their way are given up: %s", self._names.name, error)
         self.failure = error
         self._give_up()
 
@@ -240,6 +257,11 @@ class Committer:
         self._backlog.clear()
 
     def _settle(self, commit: _Commit, *, committed: bool) -> None:
+        self._counters.inflight_bytes -= commit.size
+        if committed:
+            self._counters.acknowledged += commit.chunk.rows
+        else:
+            self._counters.stale += commit.chunk.rows
         self._settled(commit.buffer, commit.chunk.rows, committed)
         self._progress.set()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import warnings
 from collections import deque
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
     from aionpredis.client import Client
 
 __all__ = ["Batches", "ReadStats"]
+
+logger = logging.getLogger(__name__)
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -420,9 +423,16 @@ class Batches:
 
     def _count_lost(self, wanted: _Wanted, evicted: bool) -> None:
         if evicted:
+            if not self.stats.evicted:
+                logger.warning(
+                    "%s: chunks were evicted before they were read; the first: %r", self._names.name, wanted.key
+                )
             self.stats.evicted += 1
+            self._client.counters.evicted += 1
         else:
+            logger.warning("%s: chunk %r is in the log, but not on the server", self._names.name, wanted.key)
             self.stats.missing += 1
+            self._client.counters.lost += 1
             self._log.miss(wanted.chunk)
             warnings.warn(
                 f"chunk {wanted.key!r} is in the log, but not on the server: it was lost, or an actor died while "

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from aionpredis.errors import ConnectionLost, ProtocolError, Stalled
+from aionpredis.stats import Counters
 from aionpredis.wire.ready import readiness
 from aionpredis.wire.resp import MAX_VECTORS, TURN, Buffer, Parser, Reply
 from aionpredis.wire.socket import Socket
@@ -68,10 +69,11 @@ class Connection:
     ``timeout``: seconds without any progress, in either direction, after which it is aborted with :class:`Stalled`.
     """
 
-    def __init__(self, sock: Socket, *, timeout: float, max_bulk: int) -> None:
+    def __init__(self, sock: Socket, *, timeout: float, max_bulk: int, counters: Counters | None = None) -> None:
         self.lost: Exception | None = None
         self.reply_window = LOCAL_WINDOW if sock.is_local else REMOTE_WINDOW
         """Bytes of replies that one caller should have asked for and not received."""
+        self._counters = Counters() if counters is None else counters
         self._sock = sock
         self._ready = readiness(sock.raw)
         self._timeout = timeout
@@ -91,6 +93,7 @@ class Connection:
         if self.lost is not None:
             raise _copy(self.lost)
         self._parser.expect(reply)
+        self._counters.requests += 1
         if send and len(self._parser.pending) <= DEEP:
             # At once: the server begins, and what was just written is still in the CPU's cache.
             if self._outbox:
@@ -193,6 +196,7 @@ class Connection:
             return
         if count:
             reply.sent = True
+            self._counters.bytes_sent += count
         if count < size:
             self._outbox.append(_Outgoing(buffers, reply))
             self._took(count)
@@ -221,6 +225,7 @@ class Connection:
             self.abort(ConnectionLost(f"sending failed: {error}"))
             return 0
         self._took(count)
+        self._counters.bytes_sent += count
         return count
 
     def _took(self, count: int) -> None:
@@ -249,6 +254,7 @@ class Connection:
                 return False
             if count == 0:
                 raise ConnectionLost("the server closed the connection")
+            self._counters.bytes_received += count
             done = self._parser.advance(count)
         except Exception as error:  # whatever it was, the parser is in the middle of a reply now
             self.abort(error if isinstance(error, ConnectionLost) else ConnectionLost(f"receiving failed: {error!r}"))

@@ -20,6 +20,7 @@ from redis.connection import parse_url
 from redis.retry import Retry
 
 from aionpredis.errors import AuthenticationError, ConnectError, UsageError
+from aionpredis.stats import Counters
 from aionpredis.wire.connection import Connection
 from aionpredis.wire.socket import Socket, wrap
 
@@ -52,12 +53,22 @@ class Dialer:
         UsageError: the URL or an option is wrong.
     """
 
-    def __init__(self, url: str, *, connect_timeout: float, timeout: float, max_bulk: int, **options: Any) -> None:
+    def __init__(
+        self,
+        url: str,
+        *,
+        connect_timeout: float,
+        timeout: float,
+        max_bulk: int,
+        counters: Counters | None = None,
+        **options: Any,
+    ) -> None:
         if not isinstance(url, str):
             raise UsageError(f"a URL is a str, not {type(url).__name__}")
         self.url = without_secrets(url)
         self._timeout = timeout
         self._max_bulk = max_bulk
+        self._counters = counters
         for name, seconds in (("timeout", timeout), ("connect_timeout", connect_timeout)):
             if isinstance(seconds, bool) or not isinstance(seconds, Real) or not 0 < seconds < math.inf:
                 raise UsageError(f"{name} is a positive number of seconds, not {seconds!r}")
@@ -93,7 +104,7 @@ class Dialer:
         except BaseException:
             attempt.abandon()
             raise
-        return Connection(sock, timeout=self._timeout, max_bulk=self._max_bulk)
+        return Connection(sock, timeout=self._timeout, max_bulk=self._max_bulk, counters=self._counters)
 
     def _connect(self, attempt: _Attempt) -> Socket:
         connection = self._make(**self._arguments)

@@ -121,7 +121,7 @@ class _Writing:
                 tasks.cancel_scope.cancel()
             self._tell(0)
         finally:
-            self._committer.abandon()
+            self._committer.close()
 
     async def _commit(self, file: _File, columns: Arrays) -> None:
         row = 0
