@@ -180,3 +180,19 @@ def test_links_lead_somewhere(path: Path) -> None:
             assert target[1:] in anchors, target
         elif "://" not in target:
             assert (path.parent / target.partition("#")[0]).exists(), target
+
+
+TEST_ID = re.compile(r"`(?P<file>test_\w+\.py)::(?P<name>test_\w+)(?:\[(?P<case>\w+)\])?`")
+
+
+def test_tests_that_hold_a_promise_exist() -> None:
+    """Each row of a table in reliability.md names at least one; a case is a name in that file."""
+    text = (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")
+    for line in text.splitlines():
+        if "::" in line:
+            assert TEST_ID.search(line), line
+            assert line.count("::") == len(TEST_ID.findall(line)), line
+    for match in TEST_ID.finditer(text):
+        tree = ast.parse((ROOT / "tests" / match["file"]).read_text(encoding="utf-8"))
+        functions = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)}
+        assert {match["name"], match["case"] or match["name"]} <= functions, match[0]
