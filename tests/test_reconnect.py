@@ -39,6 +39,7 @@ from aionpredis.replay import Batches
 
 from .proxy import Proxy
 from .replays import fill, kill_connections, replay_of, uids, unnamed_without_ttl
+from .replays import pause as pause_writes
 from .servers import make_server, until
 
 pytestmark = pytest.mark.anyio
@@ -55,6 +56,13 @@ def kind(anyio_backend: Any) -> str:
     """One server for each loop: which of the two loops of asyncio it is has no bearing on what the server does."""
     name, options = anyio_backend
     return KINDS[name + "+uvloop" * bool(options.get("use_uvloop"))]
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port: int = free.getsockname()[1]
+        return port
 
 
 class Place:
@@ -372,15 +380,17 @@ async def test_refused_command_is_repeated_though_it_must_not_run_twice(place: P
         assert place.admin.get("steps") == b"1"
 
 
-async def test_command_after_an_idle_disconnect_has_a_known_outcome(place: Place) -> None:
-    async with aionpredis.connect(place.url) as client:
-        await client.execute("INCR", "steps")
-        place.config(timeout="1")
-        with anyio.fail_after(PATIENCE):
-            while len(place.admin.client_list(_type="normal")) > 1:
-                await anyio.sleep(0.05)
-        await client.execute("INCR", "steps")
-        assert place.admin.get("steps") == b"2"
+async def test_command_after_an_idle_disconnect_has_a_known_outcome(kind: str) -> None:
+    """On TCP, where the kernel would take a request for a server that has gone."""
+    with make_server(kind, port=free_port()) as server, redis.Redis.from_url(server.url) as admin:
+        async with aionpredis.connect(f"redis://127.0.0.1:{server.port}") as client:
+            await client.execute("INCR", "steps")
+            admin.config_set("timeout", "1")
+            with anyio.fail_after(PATIENCE):
+                while len(admin.client_list(_type="normal")) > 1:
+                    await anyio.sleep(0.05)
+            await client.execute("INCR", "steps")
+            assert admin.get("steps") == b"2"
 
 
 async def test_refused_password_is_final(place: Place) -> None:
@@ -448,6 +458,38 @@ async def test_writer_to_a_full_server_names_what_was_not_stored(place: Place) -
                 for i in range(3):
                     await writer.put(f"b{i}", STATE)
         assert [key for key, _ in raised.value.failures] == ["b0", "b1", "b2"]
+
+
+class RefusesOnce(Proxy):
+    """Says LOADING instead of the next OK."""
+
+    armed = False
+
+    def _chunks(self, source: socket.socket) -> Iterator[bytes]:
+        for data in super()._chunks(source):
+            if self.armed and b"+OK\r\n" in data:
+                self.armed = False
+                data = data.replace(b"+OK\r\n", b"-LOADING by the proxy\r\n", 1)
+            yield data
+
+
+async def test_writer_keeps_the_order_of_puts_when_an_earlier_one_is_refused(
+    url: str, stock: redis.Redis, tmp_path: Path
+) -> None:
+    """The second put of a key was taken by the server before the first one is sent again: so it is, too."""
+    with RefusesOnce(url, tmp_path) as proxy:
+        async with aionpredis.connect(proxy.url) as client, client.writer(max_inflight=100_000) as writer:
+            await writer.put("first", STATE)
+            await writer.flush()
+            pause_writes(stock, 20_000)
+            proxy.armed = True
+            for i in range(6):  # in several batches, all of them on their way
+                await writer.put("k", STATE + np.uint16(i))
+            stock.client_unpause()
+            await writer.flush()
+            assert not proxy.armed
+            assert client.stats().errors["LOADING"] == 1
+            assert (await client.get("k") == STATE + 5).all()  # type: ignore[union-attr]
 
 
 async def test_writer_may_be_opened_while_the_server_is_away(place: Place) -> None:
@@ -546,19 +588,17 @@ class Failover:
         until(is_complete, "the replica is complete")
         self.new.replicaof("NO", "ONE")
 
-    def happen(self) -> None:
+    def happen(self, *, cut: bool = True) -> None:
         self._proxy.target = self._target
-        self._proxy.cut()
+        if cut:
+            self._proxy.cut()
 
 
 @pytest.fixture
 def failover(kind: str, tmp_path: Path) -> Iterator[Failover]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     config = {"repl-diskless-sync-delay": "0"}
     with (
-        make_server(kind, config=config, port=port) as old,
+        make_server(kind, config=config, port=free_port()) as old,
         make_server(kind, config=config) as new,
         Proxy(old.url, tmp_path) as proxy,
     ):
@@ -634,6 +674,29 @@ async def test_beginning_that_a_failover_lost_is_added_again(failover: Failover)
                 await fill(actor, range(100, 100_000))
             assert await actor.join() == next_run
         assert await uids(await trainer.epoch(next_run)) == []
+
+
+async def test_trainer_does_not_begin_a_run_of_a_lost_ones_number(failover: Failover) -> None:
+    """Its actors may not have noticed yet."""
+    async with aionpredis.connect(failover.url) as client:
+        trainer = replay_of(client, lease=20)
+        await trainer.begin_run()
+        await anyio.to_thread.run_sync(failover.replicate)
+        run = await trainer.begin_run()
+        failover.happen()
+        assert (await trainer.begin_run()).run == run.run + 1
+
+
+async def test_server_that_became_a_replica_is_left_for_the_one_at_its_address(failover: Failover) -> None:
+    async with aionpredis.connect(failover.url, retry_timeout=5) as client:
+        await client.set("k", STATE)
+        failover.old.replicaof("127.0.0.1", "1")
+        failover.happen(cut=False)
+        await client.set("k", STATE + 1)
+        assert failover.new.exists("k")
+        async with client.writer() as writer:
+            await writer.put("other", STATE)
+        assert failover.new.exists("other")
 
 
 async def test_trainer_adds_its_lost_beginning_again(failover: Failover) -> None:
