@@ -204,7 +204,7 @@ class Client:
         if reply.matched:
             return out
         found = np.ones(1, np.bool_)
-        await self._place([key], [_raise(reply.values[0], "GET", key)], batch, found)
+        await self._place([key], [self._raise(reply.values[0], "GET", key)], batch, found)
         return out if found[0] else None
 
     async def mset(
@@ -270,7 +270,7 @@ class Client:
                     known = npy.parse_header(memoryview(predicted[0]))
                     arrays += [npy.over(known, memory) for memory in predicted[1]]
                     continue
-                for value in _raise(reply.values[0], "MGET"):
+                for value in self._raise(reply.values[0], "MGET"):
                     key = keys[len(arrays)]
                     arrays.append(None if value is None else await self._open(codecs.open_array, value, key))
                     if value is not None and codecs.detect(value.data) is codecs.Kind.ARRAY:
@@ -303,7 +303,7 @@ class Client:
                     asked += step
                 reply, start = await pipeline.next()
                 if not reply.matched:
-                    values = _raise(reply.values[0], "MGET")
+                    values = self._raise(reply.values[0], "MGET")
                     await self._place(keys[start : start + step], values, out[start:], found[start:])
         finally:
             pipeline.abandon()
@@ -383,12 +383,12 @@ class Client:
         """An encoded SET."""
         reply = await self.request(lambda: (command, ok_reply()))
         if not reply.matched:
-            _raise(reply.values[0], "SET", key)
+            self._raise(reply.values[0], "SET", key)
 
     async def call(self, *arguments: Any, repeatable: bool = False) -> Any:
         """:meth:`execute` unchecked; ``repeatable``: running it twice is harmless, so it survives a broken connection."""
         reply = await self.request(lambda: (resp.encode(*arguments), Reply()), repeatable=repeatable)
-        return _raise(reply.values[0], arguments[0])
+        return self._raise(reply.values[0], arguments[0])
 
     async def call_many(self, commands: Sequence[Sequence[Any]], *, repeatable: bool = False) -> list[Any]:
         """Several commands in one pipeline; their replies in order, :class:`ServerError` instances among them."""
@@ -441,7 +441,6 @@ class Client:
             if topology.lost is not None:
                 self.faults.begins(LOST, topology.lost)
             connection = await topology.connection()
-            self.faults.changes += 1
             self.faults.ends(LOST)
         return connection
 
@@ -483,6 +482,7 @@ class Client:
                 await connection.wait(connection.submit(buffers, reply), eager=True)
             except (ConnectionLost, ConnectError) as error:
                 if reply.sent and not repeatable:
+                    self.faults.meets(error)
                     raise OutcomeUnknown(f"{error}; the command was sent, whether it ran is not known") from error
                 retry = retry or Retry(self.faults)
                 pause = retry.after(error)
@@ -503,7 +503,7 @@ class Client:
         """The bytes stored under a key, in aligned memory."""
         command = resp.encode("GET", key_bytes(key))
         reply = await self.request(lambda: (command, ValueReply()))
-        value: NDArray[np.uint8] | None = _raise(reply.values[0], "GET", key)
+        value: NDArray[np.uint8] | None = self._raise(reply.values[0], "GET", key)
         return value
 
     async def encode_value(
@@ -514,6 +514,16 @@ class Client:
         if chosen is None or nbytes(value) < IN_THREAD:
             return encoder(value, chosen, key)
         return await anyio.to_thread.run_sync(encoder, value, chosen, key)
+
+    def _raise(self, value: Any, command: Any, key: Key | None = None) -> Any:
+        """The value; raises it if it is an error."""
+        if isinstance(value, ServerError):
+            value.command = command if isinstance(command, str) else bytes(command).decode("utf-8", "replace")
+            value.key = key
+            if not isinstance(value, ServerUnavailable):  # counted with each attempt
+                self.faults.meets(value)
+            raise value
+        return value
 
     async def _open(self, decoder: Callable[..., T], value: NDArray[np.uint8], key: Key) -> T:
         view = value.data
@@ -536,14 +546,6 @@ def _header(out: NDArray[Any]) -> bytes:
         return npy.header_bytes(out.dtype, out.shape[1:])
     except EncodeError as error:
         raise UsageError(f"out=: {error}") from error
-
-
-def _raise(value: Any, command: Any, key: Key | None = None) -> Any:
-    if isinstance(value, ServerError):
-        value.command = command if isinstance(command, str) else bytes(command).decode("utf-8", "replace")
-        value.key = key
-        raise value
-    return value
 
 
 def connect(

@@ -69,9 +69,22 @@ class Faults:
         self.counters = counters
         self.place = ""
         """The server's address as it may stand in a log."""
-        self.changes = 0
-        """Grows when the server may have become another one, or may have lost data: a failover can undo what was read."""
+        self._met = 0
         self._began: dict[str, float] = {}  # by kind
+
+    @property
+    def changes(self) -> int:
+        """Grows when the server may have become another one, or may have lost data: a failover can undo what was read."""
+        return self._met + self.counters.reconnects
+
+    def meets(self, error: AionpredisError) -> str:
+        """Count an error; of which kind of fault it is."""
+        is_answer = isinstance(error, ServerError)
+        code = error.code if isinstance(error, ServerError) else type(error).__name__
+        if code not in ANSWERS:
+            self.counters.errors[code] += 1
+        self._met += not is_answer or code in CHANGES
+        return code if is_answer else LOST
 
     def begins(self, kind: str, error: Exception) -> None:
         if kind not in self._began:
@@ -93,6 +106,9 @@ LOST = "lost connection"
 
 CHANGES = {"LOADING", "READONLY", "MASTERDOWN", "UNBLOCKED"}
 """Refusals of a server whose data are being replaced, or whose role was changed."""
+
+ANSWERS = {"ERR", "BUSYGROUP", "NOGROUP"}
+"""Codes of errors that are no faults: a stream that does not exist, an id that is taken, a command that is wrong."""
 
 
 class Retry:
@@ -129,12 +145,9 @@ class Retry:
             self._began = now - (faults.timeout if isinstance(error, Stalled) else 0.0)
         self.attempts += 1
         elapsed = now - self._began
-        code = error.code if isinstance(error, ServerError) else type(error).__name__
-        faults.counters.errors[code] += 1
-        if code == "READONLY" and connection is not None:
+        kind = faults.meets(error)
+        if kind == "READONLY" and connection is not None:
             connection.abort(ConnectionLost("the server has become a replica"))
-        kind = code if isinstance(error, ServerError) else LOST
-        faults.changes += kind == LOST or kind in CHANGES
         is_final = isinstance(error, FINAL)
         if is_final or elapsed >= self._seconds:
             if self.attempts > 1 and not is_final and GIVEN_UP not in str(error):  # who called may have tried by itself

@@ -397,6 +397,8 @@ class Writer:
             for key, value in zip(batch.keys, batch.reply.values, strict=False):
                 if isinstance(value, ServerError):
                     value.command, value.key = "SET", key
+                    if not isinstance(value, self._passing):  # counted with each attempt
+                        self._client.faults.meets(value)
                     self._failures.append((key, value))
         self._free(batch)
 

@@ -13,7 +13,7 @@ import pytest
 import redis
 
 import aionpredis
-from aionpredis import RunEnded, Server, Stats
+from aionpredis import RunEnded, Server, ServerError, Stats
 
 from .proxy import Proxy
 from .replays import fill, kill_connections, pause, replay_of, uids
@@ -110,6 +110,10 @@ async def test_faults_are_counted_by_kind(url: str, stock: redis.Redis) -> None:
         assert stats.reconnects == 3
         assert stats.retries >= 3
         assert stats.errors["ConnectionLost"] == stats.retries
+        stock.lpush("list", "x")
+        with pytest.raises(ServerError):
+            await client.get("list")
+        assert client.stats().errors["WRONGTYPE"] == 1
 
 
 async def test_repeated_items_and_chunks_are_counted(url: str, stock: redis.Redis, tmp_path: Path) -> None:

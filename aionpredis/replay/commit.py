@@ -217,6 +217,7 @@ class Committer:
                 else:
                     await anyio.sleep(pause)
             except ServerError as error:
+                self._client.faults.meets(error)
                 self._fail(error)
 
     def close(self) -> None:
