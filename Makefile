@@ -1,4 +1,4 @@
-# make demo | test | check | bench | clean. Needs Python 3.11 or newer, nothing else: everything goes into .venv.
+# make demo | test | check | bench | fuzz | soak | clean. Needs Python 3.11 or newer, nothing else: everything goes into .venv.
 
 PYTHON ?= python3
 VENV := .venv
@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # Without compiling what most runs never import, an installation takes half the time.
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
 
-.PHONY: demo test check bench clean
+.PHONY: demo test check bench fuzz soak clean
 
 demo: $(VENV)/.demo
 	$(BIN)/aionpredis demo
@@ -22,8 +22,17 @@ check: $(VENV)/.develop
 bench: $(VENV)/.bench
 	$(BIN)/python -m bench
 
+# Each target of tests/fuzz in turn. Not part of make test: atheris is not made for every platform.
+FUZZ_SECONDS ?= 60
+fuzz: $(VENV)/.fuzz
+	$(BIN)/python -m tests.fuzz --seconds $(FUZZ_SECONDS)
+
+# SOAK_SECONDS=600 by default
+soak: $(VENV)/.develop
+	$(BIN)/python -m tests.soak
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .fuzz
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/.made:
@@ -42,4 +51,8 @@ $(VENV)/.develop: $(VENV)/.made pyproject.toml
 
 $(VENV)/.bench: $(VENV)/.made pyproject.toml
 	$(INSTALL) --editable '.[bench]'
+	@touch $@
+
+$(VENV)/.fuzz: $(VENV)/.made pyproject.toml
+	$(INSTALL) --editable '.[test,fuzz]'
 	@touch $@

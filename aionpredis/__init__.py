@@ -28,6 +28,7 @@ from aionpredis.errors import (
     SchemaMismatch,
     ServerError,
     ServerFull,
+    ServerUnavailable,
     Stalled,
     UsageError,
     WriteFailed,
@@ -59,6 +60,7 @@ from aionpredis.replay import (
     VectorActor,
 )
 from aionpredis.server import Server
+from aionpredis.stats import Stats
 from aionpredis.writer import Writer
 
 __version__ = "0.1.0"
@@ -106,8 +108,10 @@ __all__ = [
     "Server",
     "ServerError",
     "ServerFull",
+    "ServerUnavailable",
     "Shuffled",
     "Stalled",
+    "Stats",
     "Uniform",
     "UsageError",
     "VectorActor",

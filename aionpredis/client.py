@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from aionpredis import codecs
 from aionpredis.codecs import Codec
-from aionpredis.commands import check_shared
+from aionpredis.commands import check_shared, refused
 from aionpredis.errors import (
     ConnectError,
     ConnectionLost,
@@ -24,11 +24,12 @@ from aionpredis.errors import (
     OutcomeUnknown,
     OutMismatch,
     ServerError,
+    ServerUnavailable,
     UsageError,
 )
 from aionpredis.formats import npy
 from aionpredis.memory import aligned_empty
-from aionpredis.pipeline import ATTEMPTS, BACKOFF, FINAL, Pipeline
+from aionpredis.pipeline import Pipeline
 from aionpredis.requests import (
     IN_THREAD,
     MAX_VALUE,
@@ -48,6 +49,8 @@ from aionpredis.requests import (
     value_reply,
     values_reply,
 )
+from aionpredis.retry import LOST, Faults, Retry
+from aionpredis.stats import Counters, Stats
 from aionpredis.wire import resp
 from aionpredis.wire.connection import Connection
 from aionpredis.wire.dial import Dialer
@@ -64,6 +67,9 @@ __all__ = ["Client", "connect"]
 
 T = TypeVar("T")
 
+MAX_INFLIGHT = 64 << 20
+"""Bytes that a writer holds unless it is told otherwise."""
+
 
 class Client:
     """A connection to one server, to be used with ``async with``; made by :func:`connect`.
@@ -79,16 +85,20 @@ class Client:
         codec: str | Codec | None,
         timeout: float,
         connect_timeout: float,
+        retry_timeout: float,
         max_value_bytes: int,
         options: Mapping[str, Any],
     ) -> None:
         if isinstance(max_value_bytes, bool) or not isinstance(max_value_bytes, int) or max_value_bytes < 1:
             raise UsageError(f"max_value_bytes is a positive number of bytes, not {max_value_bytes!r}")
         self.codec = codecs.resolve(codec)
+        self.counters = Counters()
+        self.faults = Faults(retry_timeout=retry_timeout, timeout=timeout, counters=self.counters)
         self._settings: dict[str, Any] = {
             "timeout": timeout,
             "connect_timeout": connect_timeout,
             "max_bulk": max_value_bytes,
+            "counters": self.counters,
             **options,
         }
         self._max_value_bytes = max_value_bytes
@@ -118,7 +128,8 @@ class Client:
                 self._embedded = Server()
                 await anyio.to_thread.run_sync(self._embedded.start)
                 self._dialer = Dialer(self._embedded.url, **self._settings)
-            self._topology = OneServer(self._dialer)
+            self.faults.place = self.url
+            self._topology = OneServer(self._dialer, self.counters)
             await self._topology.connection()
         except BaseException:
             self._topology = None
@@ -155,8 +166,8 @@ class Client:
         Raises:
             EncodeError: the value cannot be stored (object dtype, masked, not an array, over 512 MiB); nothing was sent.
             ServerError: the server refused it.
-            ConnectionLost, ConnectError: the server could not be reached again. Storing the same value twice is harmless,
-                so this was tried up to four times.
+            ConnectionLost, ConnectError, ServerUnavailable: the server could not be reached again within ``retry_timeout``
+                seconds, or could not take it. Storing the same value twice is harmless, so it was tried again and again.
         """
         name = key_bytes(key)
         options = ttl_options(ttl)
@@ -191,7 +202,7 @@ class Client:
         if reply.matched:
             return out
         found = np.ones(1, np.bool_)
-        await self._place([key], [_raise(reply.values[0], "GET", key)], batch, found)
+        await self._place([key], [self._raise(reply.values[0], "GET", key)], batch, found)
         return out if found[0] else None
 
     async def mset(
@@ -207,7 +218,10 @@ class Client:
             EncodeError: one of them cannot be stored. Those before it may have been.
             WriteFailed: those that the server did not take, with their keys.
         """
-        async with self.writer(copy=False, codec=codec) as writer:
+        from aionpredis.writer import Writer
+
+        writer = Writer(self, max_inflight=MAX_INFLIGHT, copy=False, ttl=None, codec=codec, waits_when_full=False)
+        async with writer:
             for key, array in items.items():
                 await writer.put(key, array, ttl=ttl)
 
@@ -247,14 +261,14 @@ class Client:
                         reply_to = partial(values_reply, header, memories)
                         pipeline.put(partial(_with, command, reply_to), size * len(chosen), (header, memories))
                     else:
-                        pipeline.put(partial(_with, command, ValueReply), SLICE, None)
+                        pipeline.put(partial(_with, command, partial(ValueReply, length=1)), SLICE, None)
                     asked += len(chosen)
                 reply, predicted = await pipeline.next()
                 if reply.matched and predicted is not None:
                     known = npy.parse_header(memoryview(predicted[0]))
                     arrays += [npy.over(known, memory) for memory in predicted[1]]
                     continue
-                for value in _raise(reply.values[0], "MGET"):
+                for value in self._raise(reply.values[0], "MGET"):
                     key = keys[len(arrays)]
                     arrays.append(None if value is None else await self._open(codecs.open_array, value, key))
                     if value is not None and codecs.detect(value.data) is codecs.Kind.ARRAY:
@@ -287,7 +301,7 @@ class Client:
                     asked += step
                 reply, start = await pipeline.next()
                 if not reply.matched:
-                    values = _raise(reply.values[0], "MGET")
+                    values = self._raise(reply.values[0], "MGET")
                     await self._place(keys[start : start + step], values, out[start:], found[start:])
         finally:
             pipeline.abandon()
@@ -367,12 +381,12 @@ class Client:
         """An encoded SET."""
         reply = await self.request(lambda: (command, ok_reply()))
         if not reply.matched:
-            _raise(reply.values[0], "SET", key)
+            self._raise(reply.values[0], "SET", key)
 
     async def call(self, *arguments: Any, repeatable: bool = False) -> Any:
         """:meth:`execute` unchecked; ``repeatable``: running it twice is harmless, so it survives a broken connection."""
         reply = await self.request(lambda: (resp.encode(*arguments), Reply()), repeatable=repeatable)
-        return _raise(reply.values[0], arguments[0])
+        return self._raise(reply.values[0], *arguments)
 
     async def call_many(self, commands: Sequence[Sequence[Any]], *, repeatable: bool = False) -> list[Any]:
         """Several commands in one pipeline; their replies in order, :class:`ServerError` instances among them."""
@@ -380,14 +394,21 @@ class Client:
             return []
         buffers = [buffer for command in commands for buffer in resp.encode(*command)]
         reply = await self.request(lambda: (buffers, Reply(len(commands))), repeatable=repeatable)
+        for value, command in zip(reply.values, commands, strict=True):
+            if isinstance(value, ServerError):
+                refused(value, command)
         return reply.values
+
+    def stats(self) -> Stats:
+        """What this client has done so far, and its writers, actors and readers with it."""
+        return self.counters.snapshot()
 
     # --- larger things -------------------------------------------------------------------------------------------------
 
     def writer(
         self,
         *,
-        max_inflight: int = 64 << 20,
+        max_inflight: int = MAX_INFLIGHT,
         copy: bool = True,
         ttl: float | None = None,
         codec: str | Codec | None = None,
@@ -413,9 +434,16 @@ class Client:
 
     async def connection(self) -> Connection:
         """The shared data connection, for the modules built on the client."""
-        if self._topology is None:
+        topology = self._topology
+        if topology is None:
             raise UsageError("the client is not open: use it inside of `async with aionpredis.connect(…) as client:`")
-        return await self._topology.connection()
+        connection = topology.live_connection
+        if connection is None:
+            if topology.lost is not None:
+                self.faults.begins(LOST, topology.lost)
+            connection = await topology.connection()
+            self.faults.ends(LOST)
+        return connection
 
     @property
     def live_connection(self) -> Connection | None:
@@ -444,28 +472,39 @@ class Client:
                 connection.close()
 
     async def request(self, make: Callable[[], tuple[Sequence[Buffer], Reply]], *, repeatable: bool = True) -> Reply:
-        """Send what ``make`` makes and wait for its reply; again, after a broken connection, if that is harmless."""
-        attempt = 0
+        """Send what ``make`` makes and wait for its reply; again, after a fault that may pass, if that is harmless."""
+        retry: Retry | None = None
         while True:
             buffers, reply = make()
             try:
                 connection = await self.connection()
+                if not repeatable:
+                    connection.check()  # once it is sent, a broken connection leaves the outcome unknown
                 await connection.wait(connection.submit(buffers, reply), eager=True)
             except (ConnectionLost, ConnectError) as error:
-                attempt += 1
                 if reply.sent and not repeatable:
+                    self.faults.meets(error)
                     raise OutcomeUnknown(f"{error}; the command was sent, whether it ran is not known") from error
-                if attempt >= ATTEMPTS or isinstance(error, FINAL):
-                    raise
-                await anyio.sleep(BACKOFF.compute(attempt))
+                retry = retry or Retry(self.faults)
+                pause = retry.after(error)
             else:
-                return reply
+                # A command that was refused so has not run; of several, others may have.
+                if reply.refusal is None or not (repeatable or reply.count == 1):
+                    if retry is not None:
+                        retry.succeeded()
+                    return reply
+                retry = retry or Retry(self.faults)
+                try:
+                    pause = retry.after(reply.refusal, connection)
+                except ServerUnavailable:
+                    return reply  # who looks at its values raises it
+            await anyio.sleep(pause)
 
     async def get_value(self, key: Key) -> NDArray[np.uint8] | None:
         """The bytes stored under a key, in aligned memory."""
         command = resp.encode("GET", key_bytes(key))
         reply = await self.request(lambda: (command, ValueReply()))
-        value: NDArray[np.uint8] | None = _raise(reply.values[0], "GET", key)
+        value: NDArray[np.uint8] | None = self._raise(reply.values[0], "GET", key)
         return value
 
     async def encode_value(
@@ -476,6 +515,15 @@ class Client:
         if chosen is None or nbytes(value) < IN_THREAD:
             return encoder(value, chosen, key)
         return await anyio.to_thread.run_sync(encoder, value, chosen, key)
+
+    def _raise(self, value: Any, *command: Any) -> Any:
+        """The value that answers this command; raises it if it is an error."""
+        if isinstance(value, ServerError):
+            refused(value, command)
+            if not isinstance(value, ServerUnavailable):  # counted with each attempt
+                self.faults.meets(value)
+            raise value
+        return value
 
     async def _open(self, decoder: Callable[..., T], value: NDArray[np.uint8], key: Key) -> T:
         view = value.data
@@ -495,20 +543,13 @@ def _header(out: NDArray[Any]) -> bytes:
         raise UsageError(f"out=: {error}") from error
 
 
-def _raise(value: Any, command: Any, key: Key | None = None) -> Any:
-    if isinstance(value, ServerError):
-        value.command = command if isinstance(command, str) else bytes(command).decode("utf-8", "replace")
-        value.key = key
-        raise value
-    return value
-
-
 def connect(
     url: str | None = None,
     *,
     codec: str | Codec | None = None,
     timeout: float = 30.0,
     connect_timeout: float = 10.0,
+    retry_timeout: float = 30.0,
     max_value_bytes: int = MAX_VALUE,
     **options: Any,
 ) -> Client:
@@ -519,9 +560,11 @@ def connect(
     (``pip install "aionpredis[server]"``).
     ``codec``: how values are stored unless a call says otherwise: ``None`` or ``"raw"``, ``"lz4"``, or a registered one.
     ``timeout``: seconds **without progress** after which a connection is given up; a long transfer may take longer.
-    ``connect_timeout``: seconds for connecting, with TLS and AUTH. ``max_value_bytes``: the longest value accepted,
-    and the longest that a compressed one may become. ``options``: for redis-py's connection (``credential_provider``,
-    ``ssl_ca_certs``, ``client_name``, …).
+    ``connect_timeout``: seconds for connecting, with TLS and AUTH. ``retry_timeout``: seconds for which a server that broke
+    the connection, is gone, or cannot answer yet is tried again, before the error is raised; 0: not at all, ``math.inf``:
+    until the call is cancelled. Writers, actors and readers wait as long. Opening a client is one attempt.
+    ``max_value_bytes``: the longest value accepted, and the longest that a compressed one may become. ``options``: for
+    redis-py's connection (``credential_provider``, ``ssl_ca_certs``, ``client_name``, …).
 
     Raises:
         UsageError: the URL or an option is wrong.
@@ -532,6 +575,7 @@ def connect(
         codec=codec,
         timeout=timeout,
         connect_timeout=connect_timeout,
+        retry_timeout=retry_timeout,
         max_value_bytes=max_value_bytes,
         options=options,
     )

@@ -1,13 +1,13 @@
-"""Commands that have no place on a connection that many tasks share, each with the reason."""
+"""Commands: which have no place on a connection that many tasks share, each with the reason; what an error says of one."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
-from aionpredis.errors import UsageError
+from aionpredis.errors import ServerError, UsageError
 
-__all__ = ["check_shared"]
+__all__ = ["check_shared", "refused"]
 
 _STATE = "it would change the connection that all tasks of this client share"
 _PUSH = "the replies that it starts would be taken for those of other tasks"
@@ -67,6 +67,31 @@ def check_shared(arguments: Sequence[Any]) -> None:
             reason = _BLOCK
     if reason is not None:
         raise UsageError(f"{name} is refused: {reason}")
+
+
+_KEY_FIRST = {
+    *("EXISTS", "GET", "HSET", "HVALS", "PERSIST", "SET", "UNLINK", "WATCH"),
+    *("XACK", "XADD", "XAUTOCLAIM", "XDEL", "XPENDING", "XRANGE", "XREVRANGE", "XTRIM"),
+}
+_KEY_SECOND = {"XGROUP", "XINFO"}
+
+
+def refused(error: ServerError, arguments: Sequence[Any]) -> ServerError:
+    """The error, with the name of the command that the server refused, and the first key of those that this package sends.
+
+    No other argument: it may be a secret.
+    """
+    error.command = name = _word(arguments[0])
+    key: Any = None
+    if name in _KEY_FIRST and len(arguments) > 1:
+        key = arguments[1]
+    elif name in _KEY_SECOND and len(arguments) > 2:
+        error.command, key = f"{name} {_word(arguments[1])}", arguments[2]
+    elif name in ("XREAD", "XREADGROUP") and "STREAMS" in arguments[:-1]:
+        key = arguments[arguments.index("STREAMS") + 1]
+    if isinstance(key, str | bytes):
+        error.key = key
+    return error
 
 
 def _word(argument: Any) -> str:

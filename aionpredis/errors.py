@@ -17,7 +17,8 @@
     │   ├── ProtocolError      the peer does not speak RESP2
     │   └── OutcomeUnknown     the command was sent; whether it ran is not known
     ├── ServerError            the server answered with an error
-    │   └── ServerFull         … because its ``maxmemory`` is reached (OOM)
+    │   ├── ServerFull         … because its ``maxmemory`` is reached (OOM)
+    │   └── ServerUnavailable  … because it cannot yet, or not any more (LOADING, READONLY, …)
     ├── WriteFailed            a writer's items that were not stored, with their keys
     └── ReplayError
         ├── RunEnded           a newer run has begun: fetch its policy and go on
@@ -31,6 +32,7 @@ Facts are attributes (``key``, ``run``, …), so that a program need not parse a
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 __all__ = [
     "AionpredisError",
@@ -51,6 +53,7 @@ __all__ = [
     "SchemaMismatch",
     "ServerError",
     "ServerFull",
+    "ServerUnavailable",
     "Stalled",
     "UsageError",
     "WriteFailed",
@@ -129,9 +132,13 @@ class OutcomeUnknown(ConnectionLost):
 class ServerError(AionpredisError):
     """The server answered with an error.
 
-    ``code``: its first word (``WRONGTYPE``, ``NOAUTH``, …); ``command``: the name of the command; ``key``: where one is
-    meant.
+    ``code``: its first word (``WRONGTYPE``, ``NOPERM``, …); ``command``: the name of the command; ``key``: where one is
+    meant. Of ``NOPERM`` the message says which rule the user's ACL lacks.
     """
+
+    HINTS: ClassVar[dict[str, str]] = {
+        "MISCONF": "the server cannot write to its disk, and refuses writes until it can: make room there; its log says more",
+    }
 
     def __init__(self, message: str, *, command: str | None = None, key: str | bytes | None = None) -> None:
         super().__init__(message)
@@ -139,14 +146,36 @@ class ServerError(AionpredisError):
         self.command = command
         self.key = key
 
+    def about(self, command: str, key: str | bytes | None = None) -> ServerError:
+        """Itself, with the command and the key that it is about."""
+        self.command, self.key = command, key
+        return self
+
     def __str__(self) -> str:
         message = super().__str__()
+        if "NOPERM" in message and self.command:  # EXEC's begins with another word
+            key = self.key.decode("utf-8", "backslashreplace") if isinstance(self.key, bytes) else self.key
+            rule = f"+{self.command.lower().replace(' ', '|')}" + (f" together with ~{key}" if key else "")
+            message += f"; the user's ACL needs {rule}"
+        if self.code in self.HINTS:
+            message += f": {self.HINTS[self.code]}"
         about = [part for part in (self.command, self.key and f"key {self.key!r}") if part]
         return f"{message} [{', '.join(about)}]" if about else message
 
 
 class ServerFull(ServerError):
     """The server's ``maxmemory`` is reached, and its policy does not let it free anything (OOM)."""
+
+
+class ServerUnavailable(ServerError):
+    """The server did nothing, for a reason that may pass: it loads its data (LOADING), is a replica (READONLY, MASTERDOWN,
+    NOREPLICAS, UNBLOCKED), runs a script (BUSY), or its cluster moves slots (TRYAGAIN, CLUSTERDOWN). It was tried again for
+    ``retry_timeout`` seconds.
+    """
+
+    CODES = frozenset(
+        ("LOADING", "READONLY", "MASTERDOWN", "NOREPLICAS", "UNBLOCKED", "BUSY", "TRYAGAIN", "CLUSTERDOWN")
+    )
 
 
 class WriteFailed(AionpredisError):

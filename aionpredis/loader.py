@@ -7,6 +7,7 @@ from types import TracebackType
 from typing import Generic, TypeVar
 
 import anyio
+import anyio.lowlevel
 from anyio.abc import TaskGroup
 
 from aionpredis.errors import UsageError
@@ -83,4 +84,5 @@ class Loader(Generic[T]):
         except anyio.EndOfStream:
             if self._error is not None:
                 raise self._error from None
+            await anyio.lowlevel.checkpoint()  # the loading task may be gone because all of this is being cancelled
             raise StopAsyncIteration from None

@@ -7,30 +7,21 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 import anyio
-from redis.backoff import FullJitterBackoff
 
-from aionpredis.errors import AuthenticationError, ConnectError, ConnectionLost, Stalled
+from aionpredis.errors import ConnectError, ConnectionLost, ServerUnavailable
+from aionpredis.retry import Retry
 from aionpredis.wire.resp import Buffer, Reply
 
 if TYPE_CHECKING:
     from aionpredis.client import Client
     from aionpredis.wire.connection import Connection
 
-__all__ = ["ATTEMPTS", "BACKOFF", "FINAL", "Pipeline"]
+__all__ = ["Pipeline"]
 
 T = TypeVar("T")
 
 MAX_REQUESTS = 64
 """Requests in flight of one caller, however short their replies. More brought nothing, and each is looked at for each."""
-
-ATTEMPTS = 4
-"""How often a request that may be repeated is sent before its error is raised."""
-
-FINAL = (Stalled, AuthenticationError)
-"""Errors of a connection after which another attempt is no use: the first has taken ``timeout`` already."""
-
-BACKOFF = FullJitterBackoff(cap=1.0, base=0.05)
-"""Seconds between the attempts."""
 
 
 class _Entry(Generic[T]):
@@ -52,14 +43,18 @@ class _Entry(Generic[T]):
 class Pipeline(Generic[T]):
     """Keeps requests in flight up to the connection's ``reply_window``.
 
-    The requests must be repeatable: they are made and sent again when the connection broke, and when a cancelled
-    :meth:`next` is called again. No task and nothing to close belongs to it.
+    The requests must be repeatable: they are made and sent again when the connection broke, when the server refused them for
+    a reason that may pass, and when a cancelled :meth:`next` is called again. No task and nothing to close belongs to it.
     """
 
     def __init__(self, client: Client) -> None:
         self._client = client
         self._entries: deque[_Entry[T]] = deque()
         self._window = 0
+
+    def __del__(self) -> None:
+        # A reader that is left in the middle has nothing to close.
+        self._client.counters.inflight_bytes -= self._window
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -77,6 +72,7 @@ class Pipeline(Generic[T]):
         entry = _Entry(make, size, tag)
         self._entries.append(entry)
         self._window += size
+        self._client.counters.inflight_bytes += size
         connection = self._client.live_connection
         if connection is not None:  # else next() submits it
             entry.submit(connection)
@@ -87,7 +83,7 @@ class Pipeline(Generic[T]):
         Raises:
             ConnectionLost, ConnectError: the server could not be reached again.
         """
-        attempt = 0
+        retry: Retry | None = None
         oldest = self._entries[0]
         while True:
             try:
@@ -98,18 +94,30 @@ class Pipeline(Generic[T]):
                 assert oldest.reply is not None
                 assert oldest.connection is not None
                 await oldest.connection.wait(oldest.reply)
+                refusal = oldest.reply.refusal
+                if refusal is None:
+                    if retry is not None:
+                        retry.succeeded()
+                    return self._pop(oldest, oldest.reply)
+                retry = retry or Retry(self._client.faults)
+                try:
+                    pause = retry.after(refusal, oldest.connection)
+                except ServerUnavailable:
+                    return self._pop(oldest, oldest.reply)  # who looks at its values raises it
+                oldest.reply = None
             except (ConnectionLost, ConnectError) as error:
-                attempt += 1
-                if attempt >= ATTEMPTS or isinstance(error, FINAL):
-                    raise
-                await anyio.sleep(BACKOFF.compute(attempt))
+                retry = retry or Retry(self._client.faults)
+                pause = retry.after(error)
             except BaseException:
                 oldest.reply = None  # abandoned; asked for again if somebody calls again
                 raise
-            else:
-                self._entries.popleft()
-                self._window -= oldest.size
-                return oldest.reply, oldest.tag
+            await anyio.sleep(pause)
+
+    def _pop(self, oldest: _Entry[T], reply: Reply) -> tuple[Reply, T]:
+        self._entries.popleft()
+        self._window -= oldest.size
+        self._client.counters.inflight_bytes -= oldest.size
+        return reply, oldest.tag
 
     def abandon(self) -> None:
         """Forget all requests; nothing is written into their memory any more."""
@@ -117,4 +125,5 @@ class Pipeline(Generic[T]):
             if entry.reply is not None and entry.connection is not None:
                 entry.connection.abandon(entry.reply)
         self._entries.clear()
+        self._client.counters.inflight_bytes -= self._window
         self._window = 0

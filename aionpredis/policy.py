@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import os
-from collections.abc import Awaitable, Callable, Hashable, Mapping
+from collections.abc import Awaitable, Callable, Hashable, Iterable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 from weakref import WeakKeyDictionary
@@ -16,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from aionpredis import streams
+from aionpredis.codecs.lz4 import MAX_RATIO
 from aionpredis.errors import CorruptValue, EncodeError, ServerError, UsageError
 from aionpredis.formats import npy, safetensors
 from aionpredis.memory import aligned_empty
@@ -25,7 +27,7 @@ from aionpredis.requests import IN_THREAD, encode_record, nbytes, set_command, t
 if TYPE_CHECKING:
     from aionpredis.client import Client
 
-__all__ = ["Policy", "PolicyVersion", "PolicyWatch"]
+__all__ = ["Announced", "Policy", "PolicyVersion", "PolicyWatch", "parse_announcement"]
 
 T = TypeVar("T")
 
@@ -36,7 +38,13 @@ LEASE = 60.0
 records each has so much time: the first of three lives 180 s, the last 60."""
 
 PART = 400 << 20
-"""Bytes of weights in one record. With the longest header that can be read, 100 MB, the server takes it: 512 MiB."""
+"""Bytes of weights in one record. With the longest header, 4 MB, the server takes it: 512 MiB."""
+
+MAX_PARTS = 10_000
+"""Records of one version: 4 TB."""
+
+MAX_SHAPES = 1 << 20
+"""Bytes of JSON that say which arrays were cut: of ~20,000 of them, 400 MB each."""
 
 
 class PolicyVersion(NamedTuple):
@@ -44,6 +52,38 @@ class PolicyVersion(NamedTuple):
 
     version: int
     weights: dict[str, NDArray[Any]]
+
+
+class Announced(NamedTuple):
+    """What the stream says of a version. ``keys``: its records; ``shapes``: of the arrays that were cut."""
+
+    version: int
+    token: bytes
+    keys: list[str]
+    shapes: dict[str, tuple[int, ...]]
+
+
+def parse_announcement(name: str, version: int, fields: Mapping[bytes, bytes]) -> Announced:
+    """The entry ``version-0`` in the stream of the policy ``name``.
+
+    Raises:
+        CorruptValue: it announces no version.
+    """
+    try:
+        token = fields[b"token"]
+        parts = int(fields.get(b"parts", b"1"))
+        text = fields.get(b"shapes", b"{}")
+        if not 1 <= parts <= MAX_PARTS or len(text) > MAX_SHAPES:
+            raise ValueError(f"{parts} parts")
+        shapes = {array: tuple(shape) for array, shape in json.loads(text.decode()).items()}
+        for shape in shapes.values():
+            npy.payload_size(np.dtype(np.uint8), shape)  # raises if it is none
+        key = f"{name}:policy:{version}:{token.decode()}"
+    except (KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise CorruptValue(
+            f"entry {version}-0 announces no version: {type(error).__name__}: {error!s:.80}; {streams.shown(fields)}"
+        ) from None
+    return Announced(version, token, [key] if parts == 1 else [f"{key}:{part}" for part in range(parts)], shapes)
 
 
 class Policy:
@@ -77,11 +117,24 @@ class Policy:
     def __repr__(self) -> str:
         return f"<aionpredis.Policy {self.name}>"
 
-    def _keys(self, version: int, fields: Mapping[bytes, bytes]) -> list[str]:
-        """The records of the version that this announcement is of."""
-        key = f"{self.name}:policy:{version}:{fields[b'token'].decode()}"
-        parts = int(fields.get(b"parts", 1))
-        return [key] if parts == 1 else [f"{key}:{part}" for part in range(parts)]
+    def _announced(self, entry: streams.Entry) -> Announced:
+        """The version that this entry announces."""
+        (version, _), fields = entry
+        try:
+            return parse_announcement(self.name, version, fields)
+        except CorruptValue as error:
+            error.key = self._stream
+            raise
+
+    def _keys(self, entries: Iterable[streams.Entry]) -> list[str]:
+        """The records of all versions that these entries announce; those that announce none have none."""
+        keys: list[str] = []
+        for entry in entries:
+            try:
+                keys += self._announced(entry).keys
+            except CorruptValue:  # somebody else's
+                pass
+        return keys
 
     async def publish(self, weights: Mapping[str, object]) -> int:
         """Make ``weights`` the newest version; its number. Publishers on other hosts may do so at the same time.
@@ -105,10 +158,10 @@ class Policy:
         while True:
             last = await streams.last_generated(client, self._stream)
             version = 1 if last is None else last[0] + 1
-            keys = self._keys(version, fields)
+            keys = parse_announcement(self.name, version, fields).keys
             for index, (key, part) in enumerate(zip(keys, parts, strict=True)):
                 value = await client.encode_value(encode_record, part, None, self.name)
-                await client.send(set_command(key.encode(), value, ttl_options(lease * (len(keys) - index))))
+                await client.send(set_command(key.encode(), value, ttl_options(lease * (len(keys) - index))), key)
             if await streams.claim(client, self._stream, version, fields, make=True):
                 if await self._persist(keys):
                     break
@@ -133,8 +186,8 @@ class Policy:
             return
         old = await streams.page(self._client, self._stream, "-", f"{version}-0")
         if old:
-            keys = [key for (left, _), fields in old for key in self._keys(left, fields)]
-            await self._client.call("UNLINK", *keys, repeatable=True)
+            if keys := self._keys(old):
+                await self._client.call("UNLINK", *keys, repeatable=True)
             await self._client.call("XTRIM", self._stream, "MINID", f"{version + 1}-0", repeatable=True)
 
     async def latest(self) -> PolicyVersion | None:
@@ -151,35 +204,34 @@ class Policy:
             # One that is not there was deleted meanwhile, or its publisher died when it had just announced it.
             newest = entries[0]
             for entry in entries:
-                (version, _), fields = entry
-                if version == after and token in (b"", fields[b"token"]):
+                announced = self._announced(entry)
+                if announced.version == after and token in (b"", announced.token):
                     return newest[0][0], None, b""
-                found = await self._load(entry)
+                found = await self._load(announced)
                 if found is not None:
-                    return newest[0][0], found, fields[b"token"]
+                    return newest[0][0], found, announced.token
 
     async def get(self, version: int) -> PolicyVersion | None:
         """That version; ``None`` if there is none, or it was deleted as old. Errors as for :meth:`Client.get_record`."""
         entries = await streams.page(self._client, self._stream, f"{version}-0", f"{version}-0")
-        return await self._load(entries[0]) if entries else None
+        return await self._load(self._announced(entries[0])) if entries else None
 
-    async def _load(self, entry: streams.Entry) -> PolicyVersion | None:
+    async def _load(self, announced: Announced) -> PolicyVersion | None:
         """The version that was announced so; ``None`` unless all of it is there."""
-        (version, _), fields = entry
-        keys = self._keys(version, fields)
-        weights = await _together(self._client, keys[0], partial(self._fetch, keys, fields), _copy)
-        return None if weights is None else PolicyVersion(version, weights)
+        weights = await _together(self._client, announced.keys[0], partial(self._fetch, announced), _copy)
+        return None if weights is None else PolicyVersion(announced.version, weights)
 
-    async def _fetch(self, keys: list[str], fields: Mapping[bytes, bytes]) -> Weights | None:
+    async def _fetch(self, announced: Announced) -> Weights | None:
         """The weights in these records: views on what was received, except that arrays that were cut are put together.
 
         Raises:
             CorruptValue: the pieces of an array are not the shape that was announced.
         """
-        shapes = json.loads(fields.get(b"shapes", b"{}"))
+        shapes = announced.shapes
+        room = await self._room(announced) if shapes else 0
         weights: Weights = {}
         missing: Weights = {}  # flat, of the arrays that were cut
-        for key in keys:
+        for key in announced.keys:
             record = await self._client.get_record(key)
             if record is None:
                 return None
@@ -188,7 +240,10 @@ class Policy:
                     weights[name] = array
                     continue
                 if name not in weights:
-                    weights[name] = _empty(array.dtype, tuple(shapes[name]))
+                    room -= array.itemsize * math.prod(shapes[name])
+                    if room < 0:
+                        raise CorruptValue(f"column {name!r} has less than the shape {shapes[name]} needs", key=key)
+                    weights[name] = _empty(array.dtype, shapes[name])
                     missing[name] = weights[name].reshape(-1)
                 place, missing[name] = np.split(missing[name], [array.size])
                 if place.size != array.size or place.dtype != array.dtype:
@@ -196,14 +251,23 @@ class Policy:
                 await _assign([place], [array.reshape(-1)])
         for name in shapes:
             if name not in weights or missing[name].size:
-                raise CorruptValue(f"column {name!r} has not all items of the shape {shapes[name]}", key=keys[0])
+                raise CorruptValue(
+                    f"column {name!r} has not all items of the shape {shapes[name]}", key=announced.keys[0]
+                )
         return weights
+
+    async def _room(self, announced: Announced) -> int:
+        """Bytes that the arrays in these records can have at most."""
+        lengths = await self._client.call_many([("STRLEN", key) for key in announced.keys], repeatable=True)
+        for key, length in zip(announced.keys, lengths, strict=True):
+            if isinstance(length, ServerError):
+                raise length.about("STRLEN", key)
+        return int(sum(lengths)) * MAX_RATIO  # they may be compressed
 
     async def delete(self) -> None:
         """Delete all versions. Who publishes afterwards begins with version 1 again."""
         versions = await streams.page(self._client, self._stream, "-", "+")
-        keys = [key for (left, _), fields in versions for key in self._keys(left, fields)]
-        await self._client.call("UNLINK", *keys, self._stream, repeatable=True)
+        await self._client.call("UNLINK", *self._keys(versions), self._stream, repeatable=True)
 
     def watch(self, after: int = 0) -> PolicyWatch:
         """``async for version, weights in policy.watch():`` each time the newest version to date, as it appears.

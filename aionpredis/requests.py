@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from aionpredis.codecs import Codec
-from aionpredis.errors import EncodeError, UsageError
+from aionpredis.errors import EncodeError, ServerError, UsageError
 from aionpredis.formats import npy, safetensors
 from aionpredis.memory import aligned_empty
 from aionpredis.wire.resp import Blob, Buffer, Pattern, Reply, Template, encode, encode_set
@@ -185,15 +185,42 @@ def slice_keys(size: int) -> int:
     return max(1, min(MAX_SLICE_KEYS, SLICE // size))
 
 
+class _OkReply(Reply):
+    """``b"OK"``, or errors: nothing else acknowledges a ``SET``."""
+
+    __slots__ = ()
+
+    def accepts(self, value: Any) -> bool:
+        return value == b"OK" or isinstance(value, ServerError)
+
+
 def ok_reply(count: int = 1) -> Reply:
     """Expects ``+OK`` from each of ``count`` commands."""
-    return Reply(count, Template(_all_ok(count), ()))
+    return _OkReply(count, Template(_all_ok(count), ()))
 
 
 class ValueReply(Reply):
-    """Values of unknown size, each received into fresh aligned memory: ``uint8`` arrays, or ``None``."""
+    """Values of unknown size, each received into fresh aligned memory: ``uint8`` arrays, or ``None``.
 
-    __slots__ = ()
+    ``length``: each of the ``count`` replies is a list of so many values (``MGET``) instead of one (``GET``).
+    """
+
+    __slots__ = ("_length",)
+
+    def __init__(self, count: int = 1, template: Template | None = None, *, length: int | None = None) -> None:
+        super().__init__(count, template)
+        self._length = length
+
+    def accepts(self, value: Any) -> bool:
+        if isinstance(value, ServerError):
+            return True
+        if self._length is None:
+            return value is None or isinstance(value, np.ndarray)
+        return (
+            isinstance(value, list)
+            and len(value) == self._length
+            and all(item is None or isinstance(item, np.ndarray) for item in value)
+        )
 
     def bulk(self, size: int) -> tuple[Sequence[memoryview], Any]:
         memory = aligned_empty(size)
@@ -221,12 +248,13 @@ def value_reply(header: bytes, memory: memoryview) -> ValueReply:
 
 def rows_reply(header: bytes, rows: Sequence[memoryview]) -> ValueReply:
     """What MGET answers when every value is ``header`` and as many bytes as a row has; they go straight into ``rows``."""
-    return ValueReply(1, Template(_values(header, (len(rows[0]),), len(rows)), rows))
+    return parts_reply(header, (len(rows[0]),), rows)
 
 
 def parts_reply(header: bytes, sizes: tuple[int, ...], places: Sequence[memoryview]) -> ValueReply:
     """Like :func:`rows_reply`, but what follows each ``header`` goes to several places of these ``sizes``, none of them 0."""
-    return ValueReply(1, Template(_values(header, sizes, len(places) // len(sizes)), places))
+    count = len(places) // len(sizes)
+    return ValueReply(1, Template(_values(header, sizes, count), places), length=count)
 
 
 def values_reply(header: bytes, memories: Sequence[NDArray[np.uint8]]) -> ValueReply:

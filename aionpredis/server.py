@@ -278,7 +278,8 @@ class _Process:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.pid, signal.SIGKILL)
             self._readable(None)
-        shutil.rmtree(self.folder, ignore_errors=True)
+        if self.pid:  # else the name was taken, and the folder is another's; or the shell has removed it
+            shutil.rmtree(self.folder, ignore_errors=True)
         _pipe(self._shell.stdout).close()
         _processes.discard(self)
 

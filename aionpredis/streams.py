@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from itertools import islice
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import anyio
 
-from aionpredis.errors import AionpredisError, ConnectError, ConnectionLost, ServerError
-from aionpredis.pipeline import ATTEMPTS, BACKOFF, FINAL
+from aionpredis.commands import refused
+from aionpredis.errors import AionpredisError, ConnectError, ConnectionLost, ServerError, ServerUnavailable
+from aionpredis.retry import Retry
 from aionpredis.wire import resp
 from aionpredis.wire.resp import Reply
 
@@ -28,6 +30,7 @@ __all__ = [
     "newest",
     "page",
     "read_blocking",
+    "shown",
 ]
 
 T = TypeVar("T")
@@ -46,6 +49,11 @@ def _parse(entries: list[Any]) -> Iterator[Entry]:
         left, _, right = raw_id.partition(b"-")
         # fields is None for an entry that a consumer group remembers and the stream does not
         yield (int(left), int(right)), dict(zip(fields[::2], fields[1::2], strict=True)) if fields else {}
+
+
+def shown(fields: Mapping[bytes, bytes]) -> str:
+    """The fields for an error's message, which stays short."""
+    return ", ".join(f"{name[:40]!r}: {value[:80]!r}" for name, value in islice(fields.items(), 4)) or "no field"
 
 
 async def last_generated(client: Client, stream: str) -> tuple[int, int] | None:
@@ -71,13 +79,17 @@ async def page(client: Client, stream: str, first: str, last: str, count: int = 
 
 
 async def read_blocking(client: Client, stream: str, after: tuple[int, int], count: int = PAGE) -> list[Entry]:
-    """Entries behind ``after``; waits for the first one up to ``client.block_seconds``, then returns nothing.
+    """Entries behind ``after``; waits for the first one up to ``client.block_seconds``, then returns nothing. So it does
+    after a broken connection: the server that is reached now may not have what ``after`` names.
 
     By ``XREAD BLOCK`` on a connection of its own. A stream that does not exist yet is waited for.
     """
     milliseconds = int(client.block_seconds * 1000)
+    changes = client.faults.changes
 
     async def read(connection: Connection) -> Any:
+        if client.faults.changes != changes:
+            return None
         command = ("XREAD", "COUNT", count, "BLOCK", milliseconds, "STREAMS", stream, f"{after[0]}-{after[1]}")
         return (await ask(connection, command))[0]
 
@@ -87,16 +99,19 @@ async def read_blocking(client: Client, stream: str, after: tuple[int, int], cou
 
 async def alone(client: Client, work: Callable[[Connection], Awaitable[T]]) -> T:
     """``work`` on a connection of its own; repeated, so it must be repeatable, if that breaks: it may have lain idle."""
-    attempt = 0
+    retry: Retry | None = None
     while True:
         try:
             async with client.blocking() as connection:
-                return await work(connection)
-        except (ConnectionLost, ConnectError) as error:
-            attempt += 1
-            if attempt >= ATTEMPTS or isinstance(error, FINAL):
-                raise
-            await anyio.sleep(BACKOFF.compute(attempt))
+                result = await work(connection)
+        except (ConnectionLost, ConnectError, ServerUnavailable) as error:
+            retry = retry or Retry(client.faults)
+            pause = retry.after(error)
+        else:
+            if retry is not None:
+                retry.succeeded()
+            return result
+        await anyio.sleep(pause)
 
 
 async def ask(connection: Connection, *commands: Sequence[Any]) -> list[Any]:
@@ -104,9 +119,9 @@ async def ask(connection: Connection, *commands: Sequence[Any]) -> list[Any]:
     reply = Reply(len(commands))
     buffers = [buffer for command in commands for buffer in resp.encode(*command)]
     await connection.wait(connection.submit(buffers, reply))
-    for value in reply.values:
+    for value, command in zip(reply.values, commands, strict=True):
         if isinstance(value, ServerError):
-            raise value
+            raise refused(value, command)
     return reply.values
 
 

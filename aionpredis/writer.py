@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -14,14 +15,15 @@ from anyio.abc import TaskGroup
 from aionpredis import codecs
 from aionpredis.codecs import Codec
 from aionpredis.errors import (
-    AuthenticationError,
+    AionpredisError,
     ConnectError,
     ConnectionLost,
     ServerError,
+    ServerFull,
+    ServerUnavailable,
     UsageError,
     WriteFailed,
 )
-from aionpredis.pipeline import ATTEMPTS, BACKOFF
 from aionpredis.requests import (
     Key,
     encode_array,
@@ -32,6 +34,7 @@ from aionpredis.requests import (
     set_command,
     ttl_options,
 )
+from aionpredis.retry import Retry
 from aionpredis.wire.connection import Connection
 from aionpredis.wire.resp import SMALL, Buffer, Reply
 
@@ -93,16 +96,27 @@ class Writer:
     their observation buffers). ``False`` sends the caller's own memory: do not touch it before :meth:`flush`.
     ``ttl``, ``codec``: defaults for :meth:`put`.
 
+    What the server does not take, because it is gone, cannot yet or has no memory left, is sent again for the client's
+    ``retry_timeout``; meanwhile :meth:`put` waits when the bound is reached.
+
     Leaving the block stores what was put, and raises :class:`WriteFailed` with the keys that were not stored. A
     cancelled block drops what was not sent.
     """
 
     def __init__(
-        self, client: Client, *, max_inflight: int, copy: bool, ttl: float | None, codec: str | Codec | None
+        self,
+        client: Client,
+        *,
+        max_inflight: int,
+        copy: bool,
+        ttl: float | None,
+        codec: str | Codec | None,
+        waits_when_full: bool = True,
     ) -> None:
         if isinstance(max_inflight, bool) or not isinstance(max_inflight, int) or max_inflight < 1:
             raise UsageError(f"max_inflight is a positive number of bytes, not {max_inflight!r}")
         self._client = client
+        self._counters = client.counters
         self._bound = max_inflight
         self._copy = copy
         self._options = ttl_options(ttl)
@@ -118,6 +132,8 @@ class Writer:
         self._last: _Batch | None = None  # the one that was queued last; they are settled in order
         self._closed = False
         self._connection: Connection | None = None
+        self._retry = Retry(client.faults)
+        self._passing = (ServerUnavailable, ServerFull) if waits_when_full else (ServerUnavailable,)
         self._tasks: TaskGroup | None = None
         self._work = anyio.Event()
         self._room = anyio.Event()
@@ -125,7 +141,8 @@ class Writer:
     async def __aenter__(self) -> Writer:
         if self._tasks is not None:
             raise UsageError("a writer is for one `async with` block")
-        self._connection = await self._client.connection()
+        with suppress(ConnectError):  # the pump tries again
+            self._connection = await self._client.connection()
         self._tasks = anyio.create_task_group()
         await self._tasks.__aenter__()
         self._tasks.start_soon(self._pump)
@@ -148,7 +165,10 @@ class Writer:
             self._room.set()
             self._abandon()
             self._tasks.cancel_scope.cancel()
-            await self._tasks.__aexit__(None, None, None)  # the pump raises nothing, so neither does this
+            try:
+                await self._tasks.__aexit__(None, None, None)  # the pump raises nothing: only a cancellation comes out
+            finally:
+                self._counters.inflight_bytes -= self._held  # what a cancelled block drops
         if failed is not None:
             if error is None:
                 raise failed
@@ -224,6 +244,7 @@ class Writer:
         await anyio.lowlevel.checkpoint()
         self._check_open()
         length = max(size, self._arena_size)
+        self._counters.waits += self._held > 0 and self._held + length > self._bound
         while self._held and self._held + length > self._bound:
             await self._wait_for_room()
             if self._current is not None:
@@ -233,11 +254,12 @@ class Writer:
             self._arenas.clear()  # else they and the large ones would be twice the bound
         pooled = length == self._arena_size and self._arenas
         self._current = batch = _Batch(self._arenas.pop() if pooled else memoryview(bytearray(length)))
-        self._held += length
+        self._hold(length)
         return batch
 
     async def _borrow(self, key: Key, commands: list[Buffer], size: int) -> None:
         """Accept without a copy. If a copy was promised, the call lasts until the bytes are stored."""
+        self._counters.waits += self._held > 0 and self._held + size > self._bound
         while self._held and self._held + size > self._bound:
             self._close_batch()
             await self._wait_for_room()
@@ -252,7 +274,7 @@ class Writer:
         batch.buffers += commands
         batch.keys.append(key)
         batch.size += size
-        self._held += size
+        self._hold(size)
         if self._copy:
             self._close_batch()
             try:
@@ -300,9 +322,9 @@ class Writer:
 
     async def _pump(self) -> None:
         """Settle the batches in flight, in order, and send the current one when nothing else travels."""
-        attempt = 0
         while True:
             if not (self._inflight or self._queued):
+                self._retry.reset()
                 if self._current is not None and self._current.keys:
                     self._close_batch()
                 else:
@@ -318,26 +340,45 @@ class Writer:
                 batch = self._inflight[0]
                 if batch.reply is not None:
                     await connection.wait(batch.reply)
+                refusal = self._refusal(batch)
+                if refusal is None:
+                    if self._retry.attempts:
+                        self._retry.succeeded()
+                    self._settle(self._inflight.popleft())
+                    continue
+                try:
+                    pause = self._retry.after(refusal, connection)
+                except ServerError:  # tried for long enough; what else the batch holds may be stored
+                    self._settle(self._inflight.popleft())
+                    continue
+                self._requeue()
+            except (ConnectionLost, ConnectError) as error:
+                self._requeue()
+                try:
+                    pause = self._retry.after(error)
+                except AionpredisError:
+                    self._give_up(error)
+                    continue
             except Exception as error:
                 self._requeue()
-                attempt += 1
-                repeatable = isinstance(error, ConnectionLost | ConnectError)
-                if repeatable and attempt < ATTEMPTS and not isinstance(error, AuthenticationError):
-                    await anyio.sleep(BACKOFF.compute(attempt))
-                else:
-                    attempt = 0
-                    self._give_up(error)
-            else:
-                attempt = 0
-                self._settle(self._inflight.popleft())
+                self._give_up(error)
+                continue
+            await anyio.sleep(pause)
+
+    def _refusal(self, batch: _Batch) -> ServerError | None:
+        """An answer to this batch that may be another one later."""
+        if batch.reply is None or not batch.keys:
+            return None
+        return next((value for value in batch.reply.values if isinstance(value, self._passing)), None)
 
     def _requeue(self) -> None:
-        """The connection broke. What was in flight goes first again, so that the last put of a key wins.
+        """The connection broke, or the server refused. What was in flight goes first again, so that the last put of a key wins.
 
         Storing the same values twice is harmless.
         """
         connection, self._connection = self._connection, None
         for batch in self._inflight:
+            self._counters.repeated += len(batch.keys)
             if batch.reply is not None and connection is not None:
                 connection.abandon(batch.reply)
             batch.reply = None
@@ -345,6 +386,7 @@ class Writer:
         self._inflight.clear()
 
     def _give_up(self, error: Exception) -> None:
+        self._retry.reset()
         while self._queued:
             batch = self._queued.popleft()
             self._failures += ((key, error) for key in batch.keys)
@@ -355,12 +397,18 @@ class Writer:
             for key, value in zip(batch.keys, batch.reply.values, strict=False):
                 if isinstance(value, ServerError):
                     value.command, value.key = "SET", key
+                    if not isinstance(value, self._passing):  # counted with each attempt
+                        self._client.faults.meets(value)
                     self._failures.append((key, value))
         self._free(batch)
 
+    def _hold(self, size: int) -> None:
+        self._held += size
+        self._counters.inflight_bytes += size
+
     def _free(self, batch: _Batch) -> None:
         batch.settled = True
-        self._held -= batch.size
+        self._hold(-batch.size)
         if batch.arena is not None and len(batch.arena) == self._arena_size:
             self._arenas.append(batch.arena)
         self._room.set()

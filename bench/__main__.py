@@ -19,7 +19,10 @@ from bench.report import as_dict, plot, print_machine, print_result, ratio_value
 from bench.servers import target
 from bench.tune import tune
 
+app = typer.Typer(pretty_exceptions_enable=False)  # older ones print the variables, and with them the URL
 
+
+@app.command()
 def main(
     cases: Annotated[
         list[str] | None, typer.Argument(help=f"{', '.join(CASES)}, tune, fleet; default: all but these")
@@ -75,6 +78,6 @@ def main(
 
 if __name__ == "__main__":
     try:
-        typer.run(main)
+        app()
     except AionpredisError as error:
         raise SystemExit(str(error)) from None

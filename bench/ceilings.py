@@ -11,6 +11,7 @@ from typing import ClassVar
 
 import numpy as np
 
+from aionpredis.errors import UsageError
 from bench.harness import Contender, Sample
 from bench.machine import server_core
 from bench.peers import unix_path
@@ -34,7 +35,9 @@ class CClient(Contender):
         where = ["-s", path] if path else ["-u", self.work.url]
         program = ["redis-benchmark", *where, "-t", self.command, "-d", str(self.nbytes), "-n", str(count)]
         program += ["-r", str(self.count), "-P", "64", "-c", str(self.connections), "--csv"]
-        done = subprocess.run(program, capture_output=True, text=True, check=True)  # noqa: ASYNC221  # nothing else runs here
+        done = subprocess.run(program, capture_output=True, text=True, check=False)  # noqa: ASYNC221  # nothing else runs here
+        if done.returncode:  # not by check=True, which tells the URL
+            raise UsageError(f"redis-benchmark failed: {done.stderr or done.stdout}")
         lines = done.stdout.splitlines()
         header, figures = (line.replace('"', "").split(",") for line in lines[-2:])
         rate = float(figures[header.index("rps")])

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import redis
+from hypothesis import Phase, settings
 
 from aionpredis.server import Server
 
+from .proxy import Proxy
 from .servers import make_server
+
+# For mutations.py: that an example fails is all it wants to know.
+settings.register_profile("unshrunk", phases=[Phase.explicit, Phase.reuse, Phase.generate])
 
 
 @pytest.fixture(
@@ -49,3 +55,10 @@ def stock(_stock: redis.Redis) -> redis.Redis:
 def url(server: Server, stock: redis.Redis) -> str:
     """The address of the server, which is empty."""
     return server.url
+
+
+@pytest.fixture
+def proxy(url: str, tmp_path: Path) -> Iterator[Proxy]:
+    """A proxy in front of the server, which is empty."""
+    with Proxy(url, tmp_path) as proxy:
+        yield proxy

@@ -1,6 +1,7 @@
 """Do the tests notice when a rule is broken? ``python tests/mutations.py [name …]``; not part of the test suite.
 
 Takes one rule at a time out of a copy of the library, runs the tests that should notice, and says which did so first.
+The first half are rules of the replay, those with ``wire:`` in their names belong to what lies below it.
 The text to replace must be there exactly once, so this fails loudly when the code has changed. Exit code 1: a rule was
 broken and no test noticed.
 """
@@ -18,27 +19,36 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).parent.parent
 
-SELECTION = [
+OPTIONS = ("-x", "-q", "-p", "no:cacheprovider", "--hypothesis-profile", "unshrunk")
+REPLAY = [
     *("tests/test_actor.py", "tests/test_runs.py", "tests/test_reader.py", "tests/test_replay_machine.py"),
-    *("-k", "asyncio or machine", "-x", "-n", "2", "-q", "-p", "no:cacheprovider"),
+    *("-k", "asyncio or machine", "-n", "2"),
 ]
-WIRE = ["tests/test_connection.py"]
+ONE_LOOP = ("-k", "not redis and not uvloop and not trio", "--timeout", "40")
+CONNECTION_TESTS = ["tests/test_connection.py", *ONE_LOOP]
+CLIENT_TESTS = ["tests/test_client.py", "tests/test_connection.py", *ONE_LOOP]
+WRITER_TESTS = ["tests/test_writer.py", *ONE_LOOP]
+PARSER_TESTS = ["tests/test_resp.py", *ONE_LOOP]
+CANCELLATION_TESTS = ["tests/test_cancellation.py", "tests/test_connection.py", *ONE_LOOP]
 TIMEOUT = 240
 """Seconds for one of them. All tests pass in a sixth of that."""
 
 
 class Mutation(NamedTuple):
-    """``changes``: file, what is there, what to put there. ``tests``: to run besides."""
+    """``changes``: file, what is there, what to put there. ``tests``: what pytest runs."""
 
     name: str
     changes: list[tuple[str, str, str]]
-    tests: list[str] = []  # noqa: RUF012
+    tests: list[str] = REPLAY
 
 
 COMMIT = "replay/commit.py"
 LOG = "replay/log.py"
 RUNS = "replay/runs.py"
 CONNECTION = "wire/connection.py"
+PARSER = "wire/resp.py"
+WRITER = "writer.py"
+PIPELINE = "pipeline.py"
 
 XADD = 'arguments = [b"XADD", log, b"NOMKSTREAM", b"%d-*" % run, FIELD]'
 SET_LONG = 'return resp.encode("SET", key, Blob(commit.value), "NX", "PX", self._lease_ms)'
@@ -239,26 +249,251 @@ MUTATIONS = [
             ),
         ],
     ),
+    # --- cancellation ---
     Mutation(
         "wire: a cancelled reply is not abandoned",
         [
             (
                 CONNECTION,
-                "            self.abandon(reply)\n            self._hand_over()  #",
-                "            self._hand_over()  #",
+                "            self.abandon(reply)\n            self._hand_over()",
+                "            self._hand_over()",
             )
         ],
-        WIRE,
+        CANCELLATION_TESTS,
     ),
     Mutation(
-        "wire: replies go to the wrong requests",
-        [(CONNECTION, "        pending.append(reply)\n", "        pending.appendleft(reply)\n")],
-        WIRE,
+        "wire: a cancellation is swallowed",
+        [(CONNECTION, "the cancellation\n            raise\n", "the cancellation\n            return\n")],
+        CANCELLATION_TESTS,
+    ),
+    Mutation(
+        "wire: who is cancelled does not hand over",
+        [
+            (
+                CONNECTION,
+                "                        self._driving = False\n                        self._hand_over()\n",
+                "                        self._driving = False\n",
+            ),
+            (
+                CONNECTION,
+                "            self.abandon(reply)\n            self._hand_over()",
+                "            self.abandon(reply)",
+            ),
+        ],
+        CANCELLATION_TESTS,
+    ),
+    Mutation(
+        "wire: a half-sent request's rest is dropped when it is abandoned again",
+        [(CONNECTION, "if not reply.sent:", "if not outgoing.index and not outgoing.offset:")],
+        CONNECTION_TESTS,
     ),
     Mutation(
         "wire: a half-sent request's memory is not copied",
         [(CONNECTION, '= [b"".join(rest)], 0, 0', "= rest, 0, 0")],
-        WIRE,
+        CONNECTION_TESTS,
+    ),
+    Mutation(
+        "wire: a half-sent request is copied, however long",
+        [(CONNECTION, "for part in rest) > MAX_SNAPSHOT", "for part in rest) < 0")],
+        CONNECTION_TESTS,
+    ),
+    Mutation(
+        "wire: an unsent request that is withdrawn is still waited for",
+        [(CONNECTION, "                    self._parser.pending.remove(reply)\n", "")],
+        CONNECTION_TESTS,
+    ),
+    Mutation(
+        "wire: an abandoned reply's present value is still received into its memory",
+        [(PARSER, "if self._in_body and self.pending and self.pending[0] is reply:", "if False:")],
+        [*PARSER_TESTS[:1], *CANCELLATION_TESTS],
+    ),
+    Mutation(
+        "wire: an abandoned prediction still scatters into its memory",
+        [
+            (
+                PARSER,
+                "                reply.template = None\n        if self._in_body",
+                "                pass\n        if self._in_body",
+            )
+        ],
+        [*PARSER_TESTS[:1], *CANCELLATION_TESTS],
+    ),
+    Mutation(
+        "wire: an abandoned prediction that is too long to gather still scatters",
+        [(PARSER, "            self._slots[slot] = None\n", "            pass\n")],
+        [*PARSER_TESTS[:1], *CANCELLATION_TESTS],
+    ),
+    Mutation(
+        "wire: a connection of one's own is kept after a cancellation",
+        [("client.py", "if good and self._topology", "if self._topology")],
+        CANCELLATION_TESTS,
+    ),
+    Mutation(
+        "wire: connecting is cancelled, the socket stays open",
+        [("wire/dial.py", "            attempt.abandon()\n", "")],
+        CANCELLATION_TESTS,
+    ),
+    Mutation(
+        "wire: requests of a cancelled mget() are not abandoned",
+        [(PIPELINE, "                entry.connection.abandon(entry.reply)\n", "                pass\n")],
+        CANCELLATION_TESTS,
+    ),
+    Mutation(
+        "wire: a cancelled writer's batches are not abandoned",
+        [(WRITER, "            self._connection.abandon(batch.reply)\n", "            pass\n")],
+        [*WRITER_TESTS[:1], *CANCELLATION_TESTS],
+    ),
+    # --- order, and what belongs to whom ---
+    Mutation(
+        "wire: replies go to the wrong requests",
+        [(PARSER, "        self.pending.append(reply)\n", "        self.pending.appendleft(reply)\n")],
+        CONNECTION_TESTS,
+    ),
+    Mutation(
+        "wire: expected bytes are not compared",
+        [
+            (PARSER, "return self.scratch == pattern.expected\n", "return True\n"),
+            (PARSER, "return self.scratch.startswith(pattern.expected[:known])", "return True"),
+        ],
+        PARSER_TESTS,
+    ),
+    Mutation(
+        "wire: expected bytes are compared only when all have come",
+        [(PARSER, "return self.scratch.startswith(pattern.expected[:known])", "return True")],
+        PARSER_TESTS,
+    ),
+    Mutation(
+        "wire: a value of another length is taken for the predicted one",
+        [
+            (
+                "requests.py",
+                'items: list[bytes | int] = [b"*%d\\r\\n%b" % (count, head), size]',
+                'items: list[bytes | int] = [len(b"*%d\\r\\n%b" % (count, head)), size]',
+            )
+        ],
+        CLIENT_TESTS,
+    ),
+    Mutation(
+        "wire: a view's len() is taken for its size in bytes",
+        [(PARSER, 'return argument.cast("B")', "return argument")],
+        PARSER_TESTS,
+    ),
+    Mutation(
+        "wire: an arena is used again before its reply",
+        [
+            (
+                WRITER,
+                "            self._inflight.append(self._queued.popleft())\n",
+                (
+                    "            self._inflight.append(self._queued.popleft())\n            if batch.arena is not None:\n"
+                    "                self._arenas.append(batch.arena)\n"
+                ),
+            )
+        ],
+        WRITER_TESTS,
+    ),
+    Mutation(
+        "wire: the writer takes no snapshot",
+        [(WRITER, "        self._copy = copy\n", "        self._copy = False\n")],
+        WRITER_TESTS,
+    ),
+    Mutation(
+        "wire: after a break the writer sends its batches in another order",
+        [(WRITER, "self._queued.extendleft(reversed(self._inflight))", "self._queued.extend(self._inflight)")],
+        WRITER_TESTS,
+    ),
+    Mutation(
+        "wire: a batch counts as stored though its reply never came",
+        [
+            (
+                WRITER,
+                "                self._requeue()\n                attempt += 1\n",
+                (
+                    "                attempt += 1\n                while self._inflight:\n"
+                    "                    self._settle(self._inflight.popleft())\n"
+                ),
+            )
+        ],
+        WRITER_TESTS,
+    ),
+    # --- faults ---
+    Mutation(
+        "wire: what is not repeatable is repeated",
+        [("client.py", "if reply.sent and not repeatable:", "if False:")],
+        CLIENT_TESTS,
+    ),
+    Mutation(
+        "wire: a broken connection is kept",
+        [
+            (
+                "wire/topology.py",
+                "return connection if connection is not None and connection.lost is None else None",
+                "return connection",
+            ),
+            (
+                "wire/topology.py",
+                "if self._connection is None or self._connection.lost is not None:",
+                "if self._connection is None:",
+            ),
+        ],
+        CLIENT_TESTS,
+    ),
+    Mutation(
+        "wire: a connection that sent nonsense is kept",
+        [
+            (
+                CONNECTION,
+                "            self.abort(error if isinstance(error, ConnectionLost) else",
+                "            self._parser.pending[0].error = (error if isinstance(error, ConnectionLost) else",
+            )
+        ],
+        CONNECTION_TESTS,
+    ),
+    Mutation(
+        "wire: a broken connection does not wake those who wait",
+        [(CONNECTION, "            reply.waiter.wake()\n\n    def close", "            pass\n\n    def close")],
+        CONNECTION_TESTS,
+    ),
+    Mutation(
+        "wire: silence is waited for without end",
+        [(CONNECTION, "            if not (ready or self._receive() or self._send()):", "            if False:")],
+        CONNECTION_TESTS,
+    ),
+    Mutation(
+        "wire: a busy event loop is taken for silence",
+        [(CONNECTION, "if not (ready or self._receive() or self._send()):", "if not ready:")],
+        CONNECTION_TESTS,
+    ),
+    Mutation(
+        "wire: the event loop is not told that a socket closes",
+        [(CONNECTION, "        self._ready.closing()\n", "")],
+        CONNECTION_TESTS,
+    ),
+    # --- bounds ---
+    Mutation(
+        "wire: nobody else runs while bytes come",
+        [(CONNECTION, "            await self._ready.pause()\n", "")],
+        CONNECTION_TESTS,
+    ),
+    Mutation(
+        "wire: a turn moves any number of bytes",
+        [(PARSER, "TURN = 1 << 20", "TURN = 1 << 40")],
+        CLIENT_TESTS,
+    ),
+    Mutation(
+        "wire: replies are asked for without bound",
+        [(PIPELINE, "self._window >= connection.reply_window", "False")],
+        CLIENT_TESTS,
+    ),
+    Mutation(
+        "wire: the writer holds any number of bytes",
+        [(WRITER, "while self._held and self._held + length > self._bound:", "while False:")],
+        WRITER_TESTS,
+    ),
+    Mutation(
+        "wire: who parks for reading is not told of a request",
+        [(CONNECTION, "            if self._parked and self._outbox:\n", "            if False:\n")],
+        CONNECTION_TESTS,
     ),
 ]
 
@@ -274,7 +509,7 @@ def mutate(tree: Path, mutation: Mutation) -> None:
 
 def noticed(tree: Path, tests: list[str]) -> str:
     """The first test that fails; empty: none."""
-    command = [sys.executable, "-m", "pytest", *SELECTION, *tests]
+    command = [sys.executable, "-m", "pytest", *OPTIONS, *tests]
     try:
         done = subprocess.run(command, cwd=tree, capture_output=True, text=True, timeout=TIMEOUT, check=False)
     except subprocess.TimeoutExpired:
@@ -304,7 +539,10 @@ def main(names: list[str]) -> int:
             copy(original, tree)
             mutate(tree, mutation)
             shutil.rmtree(tree)
-        for mutation in [Mutation("(nothing is broken)", []), *chosen]:
+        unbroken = [
+            Mutation("(nothing is broken)", [], list(tests)) for tests in {tuple(m.tests): None for m in chosen}
+        ]
+        for mutation in [*unbroken, *chosen]:
             copy(original, tree)
             mutate(tree, mutation)
             started = time.monotonic()
@@ -315,7 +553,7 @@ def main(names: list[str]) -> int:
                     raise SystemExit(f"it fails as it is: {test}")
                 test = "passes"
             survived += not test
-            print(f"{mutation.name:52} {time.monotonic() - started:4.0f} s  {test or 'SURVIVED'}", flush=True)
+            print(f"{mutation.name:74} {time.monotonic() - started:4.0f} s  {test or 'SURVIVED'}", flush=True)
     return min(survived, 1)
 
 

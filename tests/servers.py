@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +24,13 @@ def make_server(kind: str, **options: object) -> Server:
     if REDIS is None:
         pytest.skip("no redis-server on this machine")
     return Server(binary=REDIS, **options)  # type: ignore[arg-type]
+
+
+def free_port() -> int:
+    """A TCP port of 127.0.0.1 on which nobody listens at the moment."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def exists(pid: int) -> bool:

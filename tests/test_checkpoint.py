@@ -91,7 +91,7 @@ async def test_restored_run_has_the_same_chunks_in_the_same_order(
         assert await replay_of(client).save(tmp_path / "saved") == count
         assert (len(list((tmp_path / "saved").glob("transitions-*"))) > 1) is (bundle < 1000)
         stock.flushall()
-        replay = replay_of(client)
+        replay = replay_of(client, lease=30)  # a chunk that waits for half a lease is sent again, behind the others
         run = await replay.restore(tmp_path / "saved")
         assert [each[:4] for each in chunks_of(stock, run.run)] == [each[:4] for each in before]
         for restored, original in zip(chunks_of(stock, run.run), before, strict=True):
@@ -476,7 +476,7 @@ async def test_broken_connections_lose_and_double_nothing(
 
         assert await replay_of(client).save(tmp_path / "saved", progress=kill) == 1000
         run = await replay_of(client, name="other", lease=5).restore(tmp_path / "saved", progress=kill)
-        assert calls > 20
+        assert calls > 14
         assert sorted(set(chunks_of(stock, run.run, "other"))) == sorted(chunks_of(stock, old.run))
         assert sorted(await uids(await replay_of(client, name="other").epoch())) == list(range(1000))
 

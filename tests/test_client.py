@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import time
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +39,7 @@ from aionpredis.errors import (
 from aionpredis.formats import npy
 from aionpredis.pipeline import Pipeline
 from aionpredis.requests import MAX_SLICE_KEYS, ValueReply
-from aionpredis.wire.resp import encode
+from aionpredis.wire.resp import Reply, encode
 
 from . import strategies
 from .proxy import Proxy
@@ -50,12 +49,6 @@ from .strategies import equal
 pytestmark = pytest.mark.anyio
 
 STATE = np.arange(6400, dtype=np.uint16).reshape(80, 80)
-
-
-@pytest.fixture
-def proxy(url: str, tmp_path: Path) -> Iterator[Proxy]:
-    with Proxy(url, tmp_path) as proxy:
-        yield proxy
 
 
 def npy_file(array: Any) -> bytes:
@@ -312,7 +305,7 @@ async def test_execute_returns_what_the_server_says(url: str) -> None:
         assert await client.execute("RPUSH", "l", "a", b"b", 1.5, STATE.data) == 4
         assert await client.execute("LRANGE", "l", 0, -1) == [b"a", b"b", b"1.5", STATE.tobytes()]
         assert await client.execute("EVAL", "return {1,{2,{}},false}", 0) == [1, [2, []], None]
-        with pytest.raises(ServerError, match=r"^WRONGTYPE.*\[GET\]$") as raised:
+        with pytest.raises(ServerError, match=r"^WRONGTYPE.*\[GET, key 'l'\]$") as raised:
             await client.execute("GET", "l")
         assert raised.value.code == "WRONGTYPE"
         assert await client.execute("XREAD", "COUNT", 1, "STREAMS", "block", "0") is None
@@ -638,7 +631,7 @@ async def test_dropped_connection_is_made_again(url: str, stock: redis.Redis) ->
 @pytest.mark.parametrize("kind", ["valkey", "redis"])
 async def test_restarted_server_is_found_again(kind: str, tmp_path: Path) -> None:
     with make_server(kind) as server, Proxy(server.url, tmp_path) as proxy:
-        async with aionpredis.connect(proxy.url) as client:
+        async with aionpredis.connect(proxy.url, retry_timeout=0.3) as client:
             await client.set("k", STATE)
             server.stop()
             with anyio.fail_after(10), pytest.raises((ConnectionLost, ConnectError)):
@@ -667,7 +660,7 @@ async def test_restarted_server_is_found_again(kind: str, tmp_path: Path) -> Non
 
 
 async def test_tasks_share_one_attempt_to_connect(proxy: Proxy) -> None:
-    async with aionpredis.connect(proxy.url, connect_timeout=0.1) as client:
+    async with aionpredis.connect(proxy.url, connect_timeout=0.1, retry_timeout=0.3) as client:
         proxy.stalled = True
         proxy.cut()
         errors = []
@@ -678,7 +671,7 @@ async def test_tasks_share_one_attempt_to_connect(proxy: Proxy) -> None:
             except (ConnectError, ConnectionLost) as error:
                 errors.append(error)
 
-        with anyio.fail_after(5):  # alone, each would wait 0.1 s four times
+        with anyio.fail_after(5):  # alone, one after the other, they would wait 0.1 s each time
             async with anyio.create_task_group() as tasks:
                 for _ in range(50):
                     tasks.start_soon(get)
@@ -723,11 +716,29 @@ async def test_cancelled_pipeline_step_can_be_taken_again(proxy: Proxy) -> None:
         assert seen == list(range(9))
 
 
+async def test_pipeline_asks_for_a_bounded_number_of_bytes(url: str) -> None:
+    async with aionpredis.connect(url) as client:
+        connection = client.live_connection
+        assert connection is not None
+        size = connection.reply_window // 5 + 1
+        pipeline: Pipeline[None] = Pipeline(client)
+        for _ in range(2):
+            while not pipeline.full:
+                pipeline.put(lambda: (encode("GET", "k"), ValueReply()), size, None)
+            assert len(pipeline) == 5
+            await pipeline.next()
+            assert not pipeline.full
+        pipeline.abandon()
+        pipeline.put(lambda: (encode("GET", "k"), ValueReply()), 100 * size, None)
+        assert pipeline.full
+        await pipeline.next()
+
+
 async def test_pipeline_asks_for_a_bounded_number_of_replies(url: str) -> None:
     async with aionpredis.connect(url) as client:
         pipeline: Pipeline[None] = Pipeline(client)
         while not pipeline.full:
-            pipeline.put(lambda: (encode("PING"), ValueReply()), 1, None)
+            pipeline.put(lambda: (encode("PING"), Reply()), 1, None)
         assert len(pipeline) <= 100
         keys = [f"missing{i}" for i in range(30_000)]
         with anyio.fail_after(10):

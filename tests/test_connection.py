@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -17,23 +17,17 @@ import pytest
 
 import aionpredis
 from aionpredis.errors import ConnectionLost, OutcomeUnknown, ProtocolError, Stalled
-from aionpredis.requests import row_views, rows_reply
+from aionpredis.requests import ValueReply, row_views, rows_reply
 from aionpredis.wire.connection import DEEP, MAX_SNAPSHOT, Connection
-from aionpredis.wire.resp import MAX_BULK, Blob, Reply, encode
-from aionpredis.wire.socket import wrap
+from aionpredis.wire.resp import MAX_BULK, Blob, Buffer, Reply, encode
+from aionpredis.wire.socket import PlainSocket, wrap
 
-from .proxy import Proxy, scripted
+from .proxy import Ending, Faults, Proxy, scripted
 from .strategies import equal
 
 pytestmark = pytest.mark.anyio
 
 STATE = (80, 80)
-
-
-@pytest.fixture
-def proxy(url: str, tmp_path: Path) -> Iterator[Proxy]:
-    with Proxy(url, tmp_path) as proxy:
-        yield proxy
 
 
 def connection_on(sock: socket.socket, timeout: float = 10.0) -> Connection:
@@ -156,6 +150,36 @@ async def test_cancelled_half_sent_small_request_is_completed_from_a_copy() -> N
         connection.close()
 
 
+async def test_half_sent_request_that_is_abandoned_twice_is_completed_nevertheless() -> None:
+    """As of a writer: its block abandons what is in flight, then the task that waits for it is cancelled, and does so, too."""
+    ours, theirs = socket.socketpair()
+    with theirs:
+        theirs.setblocking(False)
+        connection = connection_on(ours)
+        ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        command = encode("SET", "k", b"m" * 500_000)
+        reply = connection.submit(command, Reply())
+        following = connection.submit(encode("PING"), Reply())
+        assert reply.sent
+        for _ in range(3):
+            connection.abandon(reply)
+        got = bytearray()
+        whole = b"".join([*command, *encode("PING")])
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(connection.wait, following)
+            with anyio.fail_after(10):
+                while len(got) < len(whole):
+                    await anyio.lowlevel.checkpoint()
+                    try:
+                        got += theirs.recv(1 << 16)
+                    except BlockingIOError:
+                        await anyio.sleep(0.001)
+            theirs.send(b"+OK\r\n+PONG\r\n")
+        assert got == whole
+        assert following.result() == b"PONG"
+        connection.close()
+
+
 async def test_cancelled_half_sent_large_request_gives_the_connection_up(proxy: Proxy) -> None:
     big = np.ones(64 << 20, np.uint8)
     async with aionpredis.connect(proxy.url) as client:
@@ -248,6 +272,17 @@ async def test_task_cancelled_while_it_is_being_woken_passes_the_turn_on() -> No
         assert {b"a", b"c"} <= set(results)
 
 
+async def test_connection_that_a_cancelled_call_still_blocks_is_not_handed_to_another(url: str) -> None:
+    async with aionpredis.connect(url) as client:
+        with anyio.move_on_after(0.02) as scope:
+            async with client.blocking() as connection:
+                await ask(connection, "BLPOP", "nothing", "5")
+        assert scope.cancelled_caught
+        with anyio.fail_after(3):
+            async with client.blocking() as connection:
+                assert await ask(connection, "PING") == b"PONG"
+
+
 async def test_withdrawn_request_wakes_the_task_that_drives_for_it() -> None:
     ours, theirs = socket.socketpair()
     with theirs:
@@ -299,8 +334,22 @@ async def test_busy_event_loop_is_not_taken_for_silence(url: str) -> None:
         assert reply.values == [None]
 
 
+async def test_timer_that_the_loop_comes_to_before_the_socket_is_not_taken_for_silence(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with aionpredis.connect(url) as client, client.blocking() as connection:
+        wait = connection._ready.wait
+
+        async def late(*, write: bool, timeout: float) -> bool:
+            assert await wait(write=write, timeout=timeout)
+            return False  # no loop that we know of does so
+
+        monkeypatch.setattr(connection._ready, "wait", late)
+        assert await ask(connection, "BLPOP", "nothing", "0.03") is None
+
+
 async def test_stalled_server_fails_every_waiter(proxy: Proxy) -> None:
-    async with aionpredis.connect(proxy.url, timeout=0.2) as client:
+    async with aionpredis.connect(proxy.url, timeout=0.2, retry_timeout=0.2) as client:
         await client.set("a", np.zeros(3))
         proxy.stalled = True
         errors = []
@@ -356,7 +405,7 @@ async def test_nonsense_fails_all_waiters_but_those_whose_replies_came_before_it
             async with anyio.create_task_group() as tasks:
                 for index in (4, 0, 1, 2, 3):
                     tasks.start_soon(wait, index)
-        assert outcome == {0: b"one", 1: b"two", 2: b"three", 3: ProtocolError, 4: ProtocolError}
+        assert outcome == {0: b"one", 1: b"two", 2: b"three", 3: ProtocolError, 4: ConnectionLost}
 
 
 @pytest.mark.parametrize("direction", ["cut_up", "cut_down"])
@@ -379,6 +428,39 @@ async def test_reads_and_sets_survive_a_cut_at_any_byte(proxy: Proxy, direction:
             for got, row in zip(await client.mget(keys), rows, strict=True):
                 assert (got == row).all()
         assert proxy.cuts >= 4
+
+
+@pytest.mark.parametrize("server", ["valkey"], indirect=True)
+@pytest.mark.parametrize("way", ["unix", "tcp"])
+async def test_reads_and_sets_survive_every_kind_of_end(url: str, tmp_path: Path, way: str) -> None:
+    rows = np.random.default_rng(5).integers(0, 1 << 16, (20, *STATE), np.uint16)
+    keys = [f"k{i}" for i in range(20)]
+    kinds: list[Ending] = ["close", "reset", "half"]
+    for ending in kinds:
+        # The handshake has less, of bytes and of replies.
+        script = [
+            Faults(cut_down=30_000),
+            Faults(refusing=True),
+            Faults(cut_down=20),
+            Faults(cut_up=30_000),
+            Faults(cut_up=20),
+            Faults(cut_replies=20),
+            Faults(cut_replies=25),
+        ]
+        if ending == "half":  # who is not read and not told of it hears nothing until its timeout
+            script = [faults for faults in script if faults.cut_up is None]
+        for faults in script:
+            faults.ending = ending
+        with Proxy(url, tmp_path if way == "unix" else None, script) as proxy:
+            async with aionpredis.connect(proxy.url, timeout=5) as client:
+                for _ in range(10):
+                    for key, row in zip(keys, rows, strict=True):
+                        await client.set(key, row)
+                    out = np.empty_like(rows)
+                    assert (await client.mget(keys, out=out)).all()
+                    assert (out == rows).all()
+            assert proxy.connections == len(script) + 1
+            assert proxy.cuts == len(script) - 1
 
 
 async def test_command_that_is_not_repeatable_is_not_repeated(proxy: Proxy) -> None:
@@ -457,6 +539,54 @@ async def test_request_behind_a_full_buffer_reaches_a_peer_that_waits_for_it() -
                 tasks.start_soon(ask, connection, "A")
                 await anyio.sleep(0.05)
                 assert await ask(connection, "SET", "k", bytes(8 << 20)) == b"second"
+
+
+class Fast(PlainSocket):
+    """A kernel that takes everything at once, and has all of the reply at once."""
+
+    def __init__(self, raw: socket.socket, reply: bytes) -> None:
+        super().__init__(raw)
+        self.moved: list[int] = []
+        self._reply = memoryview(reply)
+
+    def send(self, buffers: Sequence[Buffer]) -> int:
+        self.moved.append(sum(map(len, buffers)))
+        return self.moved[-1]
+
+    def receive(self, buffers: Sequence[memoryview]) -> int:
+        count = 0
+        for buffer in buffers:
+            part = self._reply[: len(buffer)]
+            buffer[: len(part)] = part
+            self._reply = self._reply[len(part) :]
+            count += len(part)
+        self.moved.append(count)
+        return count or -1
+
+
+async def test_other_tasks_have_their_turn_after_every_megabyte_in_either_direction() -> None:
+    size = 16 << 20
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        sock = Fast(ours, b"$%d\r\n%b\r\n" % (size, bytes(size)))
+        connection = Connection(sock, timeout=10, max_bulk=MAX_BULK)
+        turns = 0
+
+        async def count() -> None:
+            nonlocal turns
+            while True:
+                turns += 1
+                await anyio.lowlevel.checkpoint()
+
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(count)
+            reply = ValueReply()
+            await connection.wait(connection.submit(encode("SET", "k", bytes(size), "GET"), reply))
+            tasks.cancel_scope.cancel()
+        assert len(reply.values[0]) == size
+        assert max(sock.moved) < 2 << 20
+        assert turns >= 16
+        connection.close()
 
 
 async def test_request_of_many_parts_is_sent_whole(url: str) -> None:

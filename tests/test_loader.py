@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import AsyncIterator
 
 import anyio
 import pytest
 
 from aionpredis import Loader, UsageError
+
+from .cancelling import Figures, stepped
 
 pytestmark = pytest.mark.anyio
 
@@ -98,3 +101,15 @@ async def test_misuse_is_a_usage_error() -> None:
     with pytest.raises(UsageError):
         async with loader:
             pass
+
+
+async def test_cancelled_loader_does_not_look_like_the_end_of_the_data() -> None:
+    async def read() -> None:
+        async with Loader(Source(5).batches()) as loader:
+            seen = [number async for number in loader]
+        assert seen == list(range(5)), "ended too early"
+
+    for step in itertools.count():
+        if not await stepped(read, Figures(), step):
+            break
+    assert step > 5

@@ -44,8 +44,8 @@ from aionpredis import (
     RunEnded,
     Server,
 )
-from aionpredis.pipeline import BACKOFF
 from aionpredis.replay.log import unpack
+from aionpredis.retry import BACKOFF
 
 from .proxy import Proxy
 from .replays import SCHEMA, fill, kill_connections, pause, replay_of, uids

@@ -108,6 +108,13 @@ def receive(data: bytes, *replies: Reply, max_bulk: int = resp.MAX_BULK) -> Pars
     return parser
 
 
+class Placed(ValueReply):
+    """Strings received in place, whatever else comes."""
+
+    def accepts(self, value: Any) -> bool:
+        return True
+
+
 # --- any stream, any cut ---------------------------------------------------------------------------------------------
 
 LINES = st.text("abc ÄÖ-+$*:0", max_size=12).map(lambda text: text.encode())
@@ -127,7 +134,7 @@ VALUES = st.recursive(
 CUTS = st.lists(st.integers(0, 1 << 16), max_size=12)
 
 
-@given(st.lists(VALUES, min_size=1, max_size=6), CUTS, st.sampled_from([Reply, ValueReply]))
+@given(st.lists(VALUES, min_size=1, max_size=6), CUTS, st.sampled_from([Reply, Placed]))
 def test_any_stream_cut_anywhere_gives_the_same_values(
     wires: list[bytes], cuts: list[int], kind: Callable[[], Reply]
 ) -> None:
@@ -155,7 +162,7 @@ def test_values_arrive_byte_by_byte() -> None:
 
 
 @pytest.mark.parametrize("size", [resp.STAGING // 2 - 2, resp.STAGING // 2, resp.STAGING, 3 << 20])
-@pytest.mark.parametrize("kind", [Reply, ValueReply])
+@pytest.mark.parametrize("kind", [Reply, Placed])
 def test_long_strings_of_every_size_are_whole(kind: Callable[[], Reply], size: int) -> None:
     content = np.random.default_rng(size).bytes(size)
     data = b"+first\r\n" + bulk(content) + b"*2\r\n" + bulk(content) + b":1\r\n+last\r\n"
@@ -208,11 +215,11 @@ def asked(draw: st.DrawFn) -> Asked:
     leaves = draw(st.none() | st.integers(0, 6))
     kind = draw(st.sampled_from(["plain", "value", "ok", "rows", "rows", "rows", "one"]))
     if kind in ("plain", "value"):
-        return Asked(draw(VALUES), Reply() if kind == "plain" else ValueReply(), leaves=leaves)
+        return Asked(draw(VALUES), Reply() if kind == "plain" else Placed(), leaves=leaves)
     if kind == "ok":
         count = draw(st.integers(1, 4))
         answers = draw(st.lists(st.sampled_from([b"+OK\r\n"] * 5 + [b"-OOM full\r\n", b"$-1\r\n"]), min_size=count))
-        return Asked(b"".join(answers[:count]), ok_reply(count), leaves=leaves)
+        return Asked(b"".join(answers[:count]), Reply(count, ok_reply(count).template), leaves=leaves)
     count, size = draw(st.integers(1, 4)), draw(st.sampled_from([0, 1, 5, 64, 300]))
     rows = np.full((count, size), 0xEE, np.uint8)
     rng = np.random.default_rng(draw(st.integers(0, 9)))
@@ -230,11 +237,11 @@ def asked(draw: st.DrawFn) -> Asked:
     views = row_views(rows)
     if kind == "one":
         answer = draw(st.sampled_from([items[0], items[0], b"-WRONGTYPE it is a list\r\n", b"$-1\r\n"]))
-        return Asked(answer, value_reply(HEADER, views[0]), rows[:1], leaves)
+        return Asked(answer, Placed(1, value_reply(HEADER, views[0]).template), rows[:1], leaves)
     whole = b"*%d\r\n%b" % (count, b"".join(items))
     shorter = b"*%d\r\n%b" % (count - 1, b"".join(items[1:]))
     answer = draw(st.sampled_from([whole, whole, whole, whole, b"-NOPERM no\r\n", shorter, b"*-1\r\n", b":1\r\n"]))
-    return Asked(answer, rows_reply(HEADER, views), rows, leaves)
+    return Asked(answer, Placed(1, rows_reply(HEADER, views).template), rows, leaves)
 
 
 @settings(max_examples=600)
@@ -348,10 +355,48 @@ def test_pattern_without_payloads_between_literals_is_verified_to_the_last_byte(
         if wrong % 5 in (1, 2):  # inside of a status line: other text is another status
             data = bytearray(b"+OK\r\n" * 3)
             data[wrong] = ord("X")
-            parser = receive(bytes(data), reply := ok_reply(3))
+            parser = receive(bytes(data), reply := Reply(3, ok_reply(3).template))
             assert not reply.matched
             assert [plain(value) for value in reply.values] == read_all(bytes(data))
             assert not parser.pending
+
+
+# --- what was not asked for ---
+
+
+@pytest.mark.parametrize(
+    ("make", "right", "wrong"),
+    [
+        (ok_reply, [b"+OK\r\n", b"-OOM no\r\n"], [b"+QUEUED\r\n", b":1\r\n", b"$-1\r\n", b"*0\r\n"]),
+        (ValueReply, [b"$-1\r\n", b"$1\r\nx\r\n", b"-ERR\r\n"], [b"+OK\r\n", b":1\r\n", b"*0\r\n", b"*1\r\n$-1\r\n"]),
+        (
+            lambda: ValueReply(length=2),
+            [b"*2\r\n$-1\r\n$1\r\nx\r\n", b"-ERR\r\n"],
+            [b"*1\r\n$-1\r\n", b"*3\r\n" + b"$-1\r\n" * 3, b"*2\r\n:1\r\n:1\r\n", b"$-1\r\n", b"*-1\r\n", b"+OK\r\n"],
+        ),
+        (lambda: value_reply(HEADER, memoryview(bytearray(5))), [b"$-1\r\n"], [b"+OK\r\n", b":1\r\n", b"*0\r\n"]),
+        (
+            lambda: rows_reply(HEADER, [memoryview(bytearray(5))] * 2),
+            [b"*2\r\n$-1\r\n$-1\r\n"],
+            [b"*1\r\n$-1\r\n", b"+OK\r\n", b"$-1\r\n"],
+        ),
+    ],
+    ids=["SET", "GET", "MGET", "GET out=", "MGET out="],
+)  # fmt: skip
+def test_reply_to_another_request_ends_the_connection(
+    make: Callable[[], Reply], right: list[bytes], wrong: list[bytes]
+) -> None:
+    for data in right:
+        receive(data, reply := make())
+        assert reply.done
+    for data in wrong:
+        with pytest.raises(ProtocolError, match="another kind"):
+            receive(data, make())
+        reply, parser = make(), Parser()
+        parser.expect(reply)
+        parser.abandon(reply)
+        feed(parser, data)  # nobody wants to know
+        assert reply.done
 
 
 # --- what is not RESP ------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import secrets
 import signal
 import socket
 import stat
@@ -20,7 +21,7 @@ import redis
 from aionpredis.errors import ConnectError, UsageError
 from aionpredis.server import Server
 
-from .servers import exists, make_server, until
+from .servers import exists, free_port, make_server, until
 
 
 def folder_of(server: Server) -> Path:
@@ -59,6 +60,52 @@ def test_only_this_user_may_enter() -> None:
         assert stat.S_IMODE(folder.stat().st_mode) == 0o700
         assert stat.S_IMODE((folder / "s.sock").stat().st_mode) == 0o700
         assert stat.S_IMODE((folder / "server.conf").stat().st_mode) == 0o600
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root can become another user")
+def test_another_user_does_not_get_in() -> None:
+    with Server() as server:
+        os.seteuid(65534)
+        try:
+            with pytest.raises(PermissionError):
+                list(folder_of(server).iterdir())
+            with socket.socket(socket.AF_UNIX) as client, pytest.raises(PermissionError):
+                client.connect(server.url.removeprefix("unix://"))
+        finally:
+            os.seteuid(0)
+        assert ping(server.url)
+
+
+@pytest.mark.skipif(not Path("/proc/net/tcp").exists(), reason="needs Linux' /proc")
+@pytest.mark.parametrize("kind", ["valkey", "redis"])
+def test_no_port_is_open(kind: str) -> None:
+    def ports(pid: int) -> set[str]:
+        files = {str(file.readlink()) for file in Path(f"/proc/{pid}/fd").iterdir()}
+        tables = [Path(f"/proc/net/{protocol}") for protocol in ("tcp", "tcp6", "udp", "udp6")]
+        lines = [line.split() for table in tables if table.exists() for line in table.read_text().splitlines()[1:]]
+        return files & {f"socket:[{columns[9]}]" for columns in lines}
+
+    with make_server(kind) as server:
+        assert not ports(server.pid)
+    with make_server(kind, port=free_port()) as server:
+        assert len(ports(server.pid)) == 1
+
+
+@pytest.mark.parametrize("taken_by", ["symlink", "folder"])
+def test_a_name_that_somebody_has_taken_is_not_used(
+    taken_by: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Others may write to /tmp, too: who guessed the name would get the password in the configuration, and the data."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(secrets, "token_hex", lambda count: "guessed")
+    theirs = tmp_path / "theirs"
+    theirs.mkdir()
+    (theirs / "file").touch()
+    name = tmp_path / "aionpredis-guessed"
+    theirs.rename(name) if taken_by == "folder" else name.symlink_to(theirs)
+    with pytest.raises(ConnectError, match="could not be started"):
+        Server(config={"requirepass": "open-sesame"}).start()
+    assert [file.name for file in name.iterdir()] == ["file"]
 
 
 def test_start_and_stop_may_be_repeated() -> None:
@@ -221,9 +268,7 @@ def test_a_password_neither_hinders_the_start_nor_shows_in_the_process_list() ->
 
 
 def test_port() -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     with Server(port=port) as server:
         assert server.port == port
         assert ping(server.url)

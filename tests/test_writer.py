@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import socket
 import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import anyio
@@ -18,7 +17,7 @@ import redis
 
 import aionpredis
 from aionpredis import Client, Server
-from aionpredis.errors import EncodeError, ServerFull, UsageError, WriteFailed
+from aionpredis.errors import ConnectionLost, EncodeError, ServerFull, UsageError, WriteFailed
 
 from .proxy import Proxy
 from .servers import make_server
@@ -27,12 +26,6 @@ from .strategies import equal
 pytestmark = pytest.mark.anyio
 
 STATE = np.arange(6400, dtype=np.uint16).reshape(80, 80)
-
-
-@pytest.fixture
-def proxy(url: str, tmp_path: Path) -> Iterator[Proxy]:
-    with Proxy(url, tmp_path) as proxy:
-        yield proxy
 
 
 async def value(client: Client, key: str) -> Any:
@@ -203,7 +196,7 @@ async def test_put_that_reports_a_failure_has_not_accepted_its_item(server: Serv
 @pytest.mark.parametrize("kind", ["valkey", "redis"])
 async def test_full_server_fails_what_it_did_not_take(kind: str) -> None:
     with make_server(kind, config={"maxmemory": "8mb"}) as server:
-        async with aionpredis.connect(server.url) as client:
+        async with aionpredis.connect(server.url, retry_timeout=0) as client:
             with pytest.raises(WriteFailed) as raised:
                 async with client.writer() as writer:
                     for i in range(1000):
@@ -231,8 +224,26 @@ async def test_connection_cut_in_the_middle_loses_nothing(proxy: Proxy, copy: bo
         assert proxy.cuts >= 3
 
 
-async def test_server_gone_for_good_names_all_keys_that_were_not_stored(proxy: Proxy) -> None:
+async def test_the_last_put_of_a_key_wins_though_the_connection_breaks_between_two_of_them(proxy: Proxy) -> None:
     async with aionpredis.connect(proxy.url) as client:
+        connection = client.live_connection
+        assert connection is not None
+        async with client.writer() as writer:
+            proxy.stalled = True
+            await writer.put("k", np.array(1))
+            with anyio.fail_after(5):
+                while not writer._inflight:
+                    await anyio.sleep(0.001)
+            await writer.put("k", np.array(2))
+            connection.abort(ConnectionLost("for no reason"))
+            # Before the task that waits for the first one's reply hears of it, the second one is queued:
+            await writer.put("other", np.zeros(500_000, np.uint8))
+            proxy.stalled = False
+        assert await value(client, "k") == 2
+
+
+async def test_server_gone_for_good_names_all_keys_that_were_not_stored(proxy: Proxy) -> None:
+    async with aionpredis.connect(proxy.url, retry_timeout=0.2) as client:
         with anyio.fail_after(20), pytest.raises(WriteFailed) as raised:
             async with client.writer() as writer:
                 for i in range(20):
@@ -274,7 +285,7 @@ async def test_exception_in_the_block_stays_what_it_is(url: str, kind: type[Base
 
 
 async def test_failures_are_noted_on_the_blocks_own_exception(proxy: Proxy) -> None:
-    async with aionpredis.connect(proxy.url) as client:
+    async with aionpredis.connect(proxy.url, retry_timeout=0.2) as client:
         with pytest.raises(RuntimeError, match="mine") as raised:
             async with client.writer() as writer:
                 proxy.refusing = True
@@ -304,6 +315,29 @@ async def test_cancelled_block_returns_at_once_and_sends_nothing_more(proxy: Pro
             assert await value(client, f"k{i}") in (None, 1)
         with pytest.raises(UsageError):
             await writer.put("after", STATE)
+
+
+@pytest.mark.parametrize("copy", [True, False])
+async def test_cancelled_block_whose_batch_is_half_sent_leaves_the_others_requests_whole(
+    proxy: Proxy, copy: bool
+) -> None:
+    array = np.ones(100_000, np.uint8)
+    async with aionpredis.connect(proxy.url) as client:
+        connection = client.live_connection
+        assert connection is not None
+        connection._sock.raw.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 100_000)
+        proxy.stalled = True
+        with anyio.move_on_after(0.02):
+            async with client.writer(copy=copy) as writer:
+                for i in range(20):
+                    await writer.put(f"k{i}", array)
+        array[:] = 99
+        assert connection._outbox, "nothing is half sent"
+        proxy.stalled = False
+        with anyio.fail_after(10):
+            assert await client.execute("ECHO", "mine") == b"mine"
+            assert {await value(client, f"k{i}") for i in range(20)} <= {None, 1}
+        assert proxy.connections == 1
 
 
 async def test_cancelled_put_of_a_large_array_lets_go_of_its_memory(proxy: Proxy) -> None:

@@ -29,7 +29,7 @@ from aionpredis.replay.log import Begin as Run
 from aionpredis.replay.log import ChunkId, LogReader, Names
 from aionpredis.replay.reader import Batches, DrawSource, EpochSource, FollowSource, Position, ReadStats, Source
 from aionpredis.replay.sampler import NStep, Sample, Sampler, SampleStats
-from aionpredis.replay.schema import Schema
+from aionpredis.replay.schema import MAX_CHUNK_BYTES, Schema
 from aionpredis.replay.selection import Fifo, Lifo, Newest, Prioritized, Selection, Shuffled, Uniform
 
 if TYPE_CHECKING:
@@ -57,9 +57,6 @@ __all__ = [
     "Uniform",
     "VectorActor",
 ]
-
-MAX_CHUNK_BYTES = 64 << 20
-"""Bytes of one chunk. It is received in one piece, and four of them circulate in every actor."""
 
 
 class Replay:
@@ -101,7 +98,7 @@ class Replay:
             raise UsageError(f"the schema of a replay is an aionpredis.Schema, not {type(schema).__name__}")
         if isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1:
             raise UsageError(f"chunk is a positive number of transitions, not {chunk!r}")
-        if schema.row_nbytes * chunk > MAX_CHUNK_BYTES:
+        if chunk > schema.max_chunk:
             raise UsageError(
                 f"chunk={chunk} makes {schema.row_nbytes * chunk:,} bytes: at most {MAX_CHUNK_BYTES:,}; choose a smaller one"
             )
@@ -118,6 +115,7 @@ class Replay:
         self._lease = lease
         self._capacity = -(-(capacity or 0) // chunk)  # in chunks
         self._max_lag = -(-(max_lag or 0) // chunk)
+        self._beginning: runs.Beginning | None = None  # of the run that was begun here
 
     @property
     def name(self) -> str:
@@ -149,17 +147,28 @@ class Replay:
             try:
                 if weights is not None and not version:
                     version = await self.policy.publish(weights)
-                run = await runs.begin(self._client, self._names, policy=version, schema=self.schema.digest)
+                run = await runs.begin(
+                    self._client,
+                    self._names,
+                    policy=version,
+                    schema=self.schema.digest,
+                    above=0 if self._beginning is None else self._beginning.begin.run,
+                )
                 break
             except ServerFull:  # for SET and XADD; UNLINK is not refused
                 if not await runs.delete_oldest(self._client, self._names):
                     raise
+        self._beginning = runs.Beginning(self._client, self._names, run)
         await runs.delete_below(self._client, self._names, run.run - keep + 1)
         return run
 
     async def latest_run(self) -> Run | None:
         """The newest run; ``None`` if none was ever begun."""
-        return await runs.latest(self._client, self._names)
+        while True:
+            run = await runs.latest(self._client, self._names)
+            if self._beginning is None or not self._beginning.doubtful:
+                return run
+            await self._beginning.confirm()
 
     async def delete_runs_before(self, run: int | Run) -> int:
         """Delete the data of all runs before this one; how many chunks were deleted. Finishes what a crash interrupted."""
@@ -216,7 +225,7 @@ class Replay:
 
     async def count(self, run: int | Run | None = None) -> int:
         """How many transitions are committed to the run (default: the newest)."""
-        log = LogReader(self._client, self._names, await self._run(run))
+        log = self._log(await self._run(run))
         chunks: list[ChunkId] = []
         await log.read_all(chunks)
         return sum(chunk.rows for chunk in chunks)
@@ -243,11 +252,13 @@ class Replay:
         the i-th of n learners, 0 the first, that share the run: each chunk goes to exactly one of them.
         """
         number = await self._run(run)
+        position = None
         if isinstance(after, Batches):
             _check_after(after.run, number)
-            log, position = after.log, None
+            log = after.log
         else:
-            log, position = self._log(number, shard, after)
+            position = _position(after, number)
+            log = self._log(number, shard, position)
         source = EpochSource(log, np.random.default_rng(seed) if shuffle else None)
         return self._batches(log, source, batch, drop_last, after=position)
 
@@ -267,18 +278,10 @@ class Replay:
             train(batch)
             position = batches.position  # to be stored together with the result, for the next process
         """
-        log, position = self._log(await self._run(run), shard, after)
+        number = await self._run(run)
+        position = _position(after, number)
+        log = self._log(number, shard, position)
         return self._batches(log, FollowSource(log), batch, drop_last, self._progress(log), position)
-
-    def _log(self, run: int, shard: tuple[int, int], after: Iterable[int] | None) -> tuple[LogReader, Position | None]:
-        if after is None:
-            return LogReader(self._client, self._names, run, _shard(shard)), None
-        try:
-            position = Position(*map(operator.index, after))
-        except TypeError:  # not a sequence, not of ints, not three of them
-            raise UsageError(f"after= is a reader's position, three ints, not {after!r}") from None
-        _check_after(position.run, run)
-        return LogReader(self._client, self._names, run, _shard(shard), position[1:]), position
 
     async def consume(
         self, run: int | Run | None = None, *, group: str, batch: int = 256, reclaim: float = 60.0
@@ -295,7 +298,7 @@ class Replay:
         to another one of the group. A batch may be shorter, when there is nothing more at the moment. By a consumer group of
         the server's; readers that need each chunk exactly once share by ``shard=``.
         """
-        log = LogReader(self._client, self._names, await self._run(run))
+        log = self._log(await self._run(run))
         source = GroupSource(self._client, self._names, log, check_name(group), reclaim=reclaim)
         return self._batches(log, source, batch, False)
 
@@ -315,7 +318,7 @@ class Replay:
         Each transition has the same share, but those of a chunk come together, so a batch of 256 from chunks of 16 holds
         16 independent draws. That makes it as fast as :meth:`epoch`; :meth:`sampler` draws each transition on its own.
         """
-        log = LogReader(self._client, self._names, await self._run(run), _shard(shard))
+        log = self._log(await self._run(run), shard)
         return self._batches(log, DrawSource(log, np.random.default_rng(seed)), batch, False)
 
     async def sampler(
@@ -367,7 +370,7 @@ class Replay:
                 f"sample() waits for {least} transitions (min_size, samples_per_insert), and the actors stop at "
                 f"max_lag={self._max_lag * self._chunk}: make max_lag larger"
             )
-        log = LogReader(self._client, self._names, await self._run(run), _shard(shard))
+        log = self._log(await self._run(run), shard)
         return Sampler(
             self._client,
             self._names,
@@ -398,6 +401,18 @@ class Replay:
     ) -> Batches:
         _check_count("batch", batch)
         return Batches(self._client, self._names, self.schema, log, source, batch, drop_last, progress, after)
+
+    def _log(self, run: int, shard: tuple[int, int] = (0, 1), after: Position | None = None) -> LogReader:
+        mine = self._beginning is not None and self._beginning.begin.run == run
+        return LogReader(
+            self._client,
+            self._names,
+            run,
+            _shard(shard),
+            after=(0, 0) if after is None else after[1:],
+            max_rows=self.schema.max_chunk,
+            beginning=self._beginning if mine else None,
+        )
 
     async def _run(self, run: int | Run | None) -> int:
         if run is not None:
@@ -460,6 +475,17 @@ class Replay:
         run = await self.begin_run(saved.weights, keep=keep)
         await saved.write(self._client, self._names, run.run, lease=self._lease, progress=progress)
         return run
+
+
+def _position(after: Iterable[int] | None, run: int) -> Position | None:
+    if after is None:
+        return None
+    try:
+        position = Position(*map(operator.index, after))
+    except TypeError:  # not a sequence, not of ints, not three of them
+        raise UsageError(f"after= is a reader's position, three ints, not {after!r}") from None
+    _check_after(position.run, run)
+    return position
 
 
 def _check_after(read: int, run: int) -> None:

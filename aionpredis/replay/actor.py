@@ -21,13 +21,13 @@ from aionpredis.errors import (
     SchemaMismatch,
     UsageError,
 )
-from aionpredis.pipeline import BACKOFF
 from aionpredis.replay import runs
 from aionpredis.replay.chunk import ChunkBuffer, make_rows
-from aionpredis.replay.commit import MAX_EXPONENT, Committer
+from aionpredis.replay.commit import Committer
 from aionpredis.replay.lag import Lag
 from aionpredis.replay.log import Begin, ChunkId, Names
 from aionpredis.replay.schema import Schema
+from aionpredis.retry import backoff
 
 if TYPE_CHECKING:
     from aionpredis.client import Client
@@ -117,7 +117,7 @@ class Actor:
         self._length = chunk
         self._seq = 0
         self._numbered = 0  # the run whose chunks _seq counts
-        self._last_run = 0  # join() waits for a newer one
+        self._last: Begin | None = None  # join() waits for another one
         self._stats = ActorStats()
         wanted = BUFFER_BYTES // schema.layout(chunk).size
         self.buffers = max(MIN_BUFFERS, min(MAX_BUFFERS, wanted))
@@ -141,8 +141,9 @@ class Actor:
             EncodeError: a value has the wrong shape or dtype, or does not fit; nothing was added.
             TypeError: a column is missing, or there is no such column.
             RunEnded: a newer run has begun; what was not committed is stale. ``join()`` before appending again.
-            ConnectionLost, ConnectError, ServerError: the server could not be reached again, or refused; what was not
-                acknowledged is given up. ``join()`` goes on in the same run. (A full server is waited for.)
+            ConnectionLost, ConnectError, ServerError: the server could not be reached again within the client's
+                ``retry_timeout``, or refused; what was not acknowledged is given up. ``join()`` goes on in the same run.
+                (A full server is waited for, however long.)
         """
 
     @property
@@ -172,8 +173,10 @@ class Actor:
                     failure = caught
         finally:
             self._tasks.cancel_scope.cancel()
-            await self._tasks.__aexit__(*((kind, error, trace) if cancelled else (None, None, None)))
-            self._committer.abandon()
+            try:
+                await self._tasks.__aexit__(*((kind, error, trace) if cancelled else (None, None, None)))
+            finally:
+                self._committer.close()
         if failure is not None:
             if error is None:
                 raise failure
@@ -204,11 +207,11 @@ class Actor:
         fruitless = 0
         while True:
             begin = await runs.latest(self._client, self._names)
-            if begin is not None and begin.run > self._last_run:
+            if begin is not None and (self._last is None or begin.token != self._last.token):
                 break
             if fruitless > 1:  # the log has gone on without a run: it is being deleted
-                await anyio.sleep(BACKOFF.compute(min(fruitless, MAX_EXPONENT)))
-            after = (self._last_run, streams.RIGHT_MAX)
+                await anyio.sleep(backoff(fruitless))
+            after = (0 if self._last is None else self._last.run, streams.RIGHT_MAX)
             fruitless += bool(await streams.read_blocking(self._client, self._names.log, after, 1))
         if begin.schema != self._schema.digest:
             raise SchemaMismatch(
@@ -218,7 +221,8 @@ class Actor:
             )
         if self._numbered != begin.run:
             self._numbered, self._seq = begin.run, 0
-        self.run, self._last_run = begin, begin.run
+        self._committer.beginning = runs.Beginning(self._client, self._names, begin)
+        self.run = self._last = begin
         self._begin_chunk()
         return begin
 
@@ -278,6 +282,7 @@ class Actor:
         self._stats.appended += rows
         if self._committer.over:
             self._stats.stale += rows
+            self._client.counters.stale += rows
             self._free.append(buffer)
             return
         chunk = ChunkId(self.incarnation, self._seq, rows, buffer.episode_ends(rows))
@@ -296,7 +301,9 @@ class Actor:
         await self._lag.wait(*self._committer.newest)
         self._check()
         self._commit_current()
-        self._stats.waits += not self._free
+        if not self._free:
+            self._stats.waits += 1
+            self._client.counters.waits += 1
         while self._current is None:
             if self._free:
                 self._begin_chunk()
@@ -313,7 +320,7 @@ class Actor:
         self._commit_current()
         self.run = None
         if self._committer.failure is not None:
-            self._last_run = run.run - 1
+            self._last = None
             raise self._committer.failure
         if self._committer.gone:
             raise ReplayGone(f"the log of {name!r} was deleted", replay=name, run=run.run)

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from aionpredis import codecs
 from aionpredis.errors import EncodeError, SchemaMismatch
+from aionpredis.formats import safetensors
 from aionpredis.memory import aligned_empty
 from aionpredis.replay.log import ChunkId, Names
 from aionpredis.replay.schema import Schema
@@ -64,13 +65,20 @@ def open_chunk(
 
     Raises:
         SchemaMismatch: it has other columns, or another number of rows.
-        NotAnArray, WrongKind, CorruptValue: the stored value is something else.
+        NotAnArray, WrongKind, CorruptValue: the stored value is something else; or it is compressed, and says that it holds
+            more than so many rows take.
     """
     key = names.data(run, chunk)
-    record = codecs.open_record(value.data, max_bytes=resp.MAX_BULK, key=key)
+    most = safetensors.MAX_JSON + chunk.rows * schema.row_nbytes
+    record = codecs.open_record(value.data, max_bytes=min(most, resp.MAX_BULK), key=key)
     found = {name: (array.dtype, array.shape) for name, array in record.items()}
     if found != {name: (dtype, (chunk.rows, *shape)) for name, (dtype, shape) in schema.items()}:
-        raise SchemaMismatch(f"chunk {key!r} has other columns than {schema!r}", replay=names.name, run=run)
+        raise SchemaMismatch(
+            f"chunk {key!r} has not {chunk.rows} rows of {schema!r:.400}, but"
+            f" {', '.join(f'{name}: {dtype} {shape}' for name, (dtype, shape) in found.items()):.400}",
+            replay=names.name,
+            run=run,
+        )
     return record
 
 

@@ -8,6 +8,8 @@ those of different chunks travel together.
 from __future__ import annotations
 
 import enum
+import logging
+import math
 import time
 from collections import deque
 from collections.abc import Callable
@@ -18,11 +20,18 @@ import anyio
 import anyio.lowlevel
 
 from aionpredis import streams
-from aionpredis.errors import AionpredisError, ConnectError, ConnectionLost, ServerError, ServerFull
-from aionpredis.pipeline import ATTEMPTS, BACKOFF, FINAL
+from aionpredis.errors import (
+    AionpredisError,
+    ConnectError,
+    ConnectionLost,
+    ServerError,
+    ServerFull,
+    ServerUnavailable,
+)
 from aionpredis.replay import runs
 from aionpredis.replay.chunk import ChunkBuffer
 from aionpredis.replay.log import FIELD, ChunkId, Names, pack
+from aionpredis.retry import Retry
 from aionpredis.wire import resp
 from aionpredis.wire.connection import Connection
 from aionpredis.wire.resp import Blob, Buffer, Reply
@@ -30,11 +39,9 @@ from aionpredis.wire.resp import Blob, Buffer, Reply
 if TYPE_CHECKING:
     from aionpredis.client import Client
 
-__all__ = ["MAX_EXPONENT", "Committer"]
+__all__ = ["Committer"]
 
-MAX_EXPONENT = 10
-"""From here on the pauses between attempts do not grow anyway, and ``2**attempt`` would become too large for a float."""
-
+logger = logging.getLogger(__name__)
 
 MAX_SURPLUS = 16
 """Chunks beyond the capacity after which somebody evicts: whoever commits an entry whose number divides by this, so that of
@@ -60,7 +67,7 @@ class _Step(enum.Enum):
 class _Commit:
     """A chunk on its way; its buffer is held until it is settled."""
 
-    __slots__ = ("buffer", "chunk", "key", "leased", "packed", "repeated", "run", "searched", "step", "value")
+    __slots__ = ("buffer", "chunk", "key", "leased", "packed", "repeated", "run", "searched", "size", "step", "value")
 
     def __init__(self, buffer: ChunkBuffer, run: int, key: bytes, chunk: ChunkId) -> None:
         self.buffer = buffer
@@ -69,6 +76,7 @@ class _Commit:
         self.chunk = chunk
         self.packed = pack(chunk)
         self.value = buffer.value(chunk.rows)
+        self.size = sum(map(len, self.value))
         self.leased = 0.0  # when the lease was last begun anew
         self.repeated = False  # it may be in the log already
         self.searched = f"{run}-{streams.RIGHT_MAX}"  # the log was searched for it down to this entry
@@ -108,7 +116,10 @@ class Committer:
         self.failure: AionpredisError | None = None
         self.ended = False
         self.gone = False
+        self.beginning: runs.Beginning | None = None
+        """Of the run that is committed to."""
         self._client = client
+        self._counters = client.counters
         self._names = names
         self._log = names.log.encode()
         self._lease = lease
@@ -121,7 +132,10 @@ class Committer:
         self._settled = settled
         self._rounds: deque[_Round] = deque()  # in the order of their requests on the connection
         self._backlog: list[_Commit] = []  # to be sent (again)
-        self._refused = 0  # rounds in a row that a full server refused
+        # A broken connection may last longer than a lease: each chunk begins with its SET again. So only the client's
+        # ``retry_timeout`` says when it is given up. Room on a full server is waited for: a trainer makes it, some time.
+        self._retry = Retry(client.faults)
+        self._full = Retry(client.faults, math.inf)
         self._connection: Connection | None = None
         self._to_do = anyio.Event()
         self._progress = anyio.Event()
@@ -136,15 +150,23 @@ class Committer:
         """Whether there are chunks that are not settled."""
         return bool(self._rounds or self._backlog)
 
+    @property
+    def _holds_back(self) -> bool:
+        """Whether nothing is to be sent before :meth:`work` says so."""
+        doubtful = self.beginning is not None and self.beginning.doubtful
+        return doubtful or self._full.attempts > 0 or self._retry.attempts > 0
+
     def reset(self) -> None:
         """Commit again, to another run, or in spite of a failure."""
         self.failure, self.ended, self.gone = None, False, False
 
     def commit(self, buffer: ChunkBuffer, run: int, chunk: ChunkId) -> None:
         """Send a chunk, and with it what waits to be sent of others. Its buffer is borrowed until it is settled."""
-        self._backlog.append(_Commit(buffer, run, self._names.data(run, chunk), chunk))
+        commit = _Commit(buffer, run, self._names.data(run, chunk), chunk)
+        self._counters.inflight_bytes += commit.size
+        self._backlog.append(commit)
         connection = self._connection
-        if connection is not None and connection.lost is None and not self._refused:
+        if connection is not None and connection.lost is None and not self._holds_back:
             self._submit(connection)
         self._to_do.set()
 
@@ -156,7 +178,6 @@ class Committer:
 
     async def work(self) -> None:
         """Settle what is committed, for ever."""
-        attempt = 0
         while True:
             if not self.busy:
                 self._to_do = anyio.Event()
@@ -164,32 +185,48 @@ class Committer:
                 continue
             try:
                 self._connection = connection = self._client.live_connection or await self._client.connection()
+                if not self._rounds and self.beginning is not None and self.beginning.doubtful:
+                    if not await self.beginning.confirm():
+                        self.ended = True
+                        self._give_up()
+                    continue
                 if not self._rounds:
                     # What is small waits while something travels, and goes with the next chunk: an actor that appends
                     # without a pause fills that now.
                     await anyio.lowlevel.checkpoint()
                     self._submit(connection)
                 await connection.wait(self._rounds[0].reply)
-                attempt = 0
                 while self._rounds and self._rounds[0].reply.done:  # and whatever else has come with it
                     self._take_round()
-                self._refused = 0
+                if self._retry.attempts:
+                    self._retry.succeeded()
+                if self._full.attempts:
+                    self._full.succeeded()
                 if self._evict is not None:
                     await runs.evict(self._client, self._names, *self._evict)
                     self._evict = None
-            except ServerFull:  # until there is room: meanwhile append() waits
-                self._refused += 1
-                await anyio.sleep(BACKOFF.compute(min(self._refused, MAX_EXPONENT)))
-            except (ConnectionLost, ConnectError) as error:
-                attempt += 1
+            except ServerFull as error:  # until there is room: meanwhile append() waits
+                await anyio.sleep(self._full.after(error))
+            except (ConnectionLost, ConnectError, ServerUnavailable) as error:
+                self._counters.repeated += sum(len(one.commits) for one in self._rounds)
                 self._start_again()
-                if attempt >= ATTEMPTS or isinstance(error, FINAL):
+                try:
+                    pause = self._retry.after(error, self._connection)
+                except AionpredisError:
                     self._fail(error)
-                    attempt = 0
                 else:
-                    await anyio.sleep(BACKOFF.compute(attempt))
+                    await anyio.sleep(pause)
             except ServerError as error:
+                self._client.faults.meets(error)
                 self._fail(error)
+
+    def close(self) -> None:
+        """Nothing is committed any more, and nothing is read from the buffers."""
+        self.abandon()
+        for commit in (*self._backlog, *(commit for one in self._rounds for commit in one.commits)):
+            self._counters.inflight_bytes -= commit.size
+        self._backlog.clear()
+        self._rounds.clear()
 
     def abandon(self) -> None:
         """Nobody waits for the replies any more, and nothing is read from the buffers."""
@@ -198,7 +235,8 @@ class Committer:
                 self._connection.abandon(one.reply)
 
     def _start_again(self) -> None:
-        """After a broken connection nothing is known about what travelled: each chunk begins with its SET again."""
+        """After a fault nothing is known about what travelled, or is still there: each chunk begins with its SET again."""
+        self.abandon()
         self._backlog[:0] = [commit for one in self._rounds for commit in one.commits]
         self._rounds.clear()
         for commit in self._backlog:
@@ -206,16 +244,25 @@ class Committer:
             commit.step = _Step.SET
 
     def _fail(self, error: AionpredisError) -> None:
-        """Give up what is not committed. What was sent keeps its lease, so nothing stays on the server for ever."""
+        logger.warning("%s: chunks on their way are given up: %s", self._names.name, error)
         self.failure = error
-        self._refused = 0
-        self.abandon()
+        self._give_up()
+
+    def _give_up(self) -> None:
+        """Give up what is not committed. What was sent keeps its lease, so nothing stays on the server for ever."""
+        self._retry.reset()
+        self._full.reset()
         self._start_again()
         for commit in self._backlog:
             self._settle(commit, committed=False)
         self._backlog.clear()
 
     def _settle(self, commit: _Commit, *, committed: bool) -> None:
+        self._counters.inflight_bytes -= commit.size
+        if committed:
+            self._counters.acknowledged += commit.chunk.rows
+        else:
+            self._counters.stale += commit.chunk.rows
         self._settled(commit.buffer, commit.chunk.rows, committed)
         self._progress.set()
 
@@ -275,7 +322,7 @@ class Committer:
             if not isinstance(value, ServerError):
                 self._advance(commit, value)
                 continue
-            value.command = commit.step.value
+            value.about(commit.step.value, self._names.log if commit.step in (_Step.LOG, _Step.FIND) else commit.key)
             if commit.step is _Step.LOG and streams.is_stale(value):
                 self.ended = True
                 self._queue(commit, _Step.FIND if commit.repeated else _Step.DROP)

@@ -293,7 +293,10 @@ class Fetcher:
                 if not reply.matched:
                     values = iter(reply.values)
                     for run in asked:
-                        fits = [place(_checked(next(values)), part.head, part.places) for part in job.parts(run)]
+                        fits = [
+                            place(_checked(next(values), part.command), part.head, part.places)
+                            for part in job.parts(run)
+                        ]
                         if not all(fits):
                             lost.append(run)
         finally:
@@ -336,9 +339,10 @@ def _pattern(parts: list[_Part]) -> Pattern:
     return Pattern([*items, literal])
 
 
-def _checked(value: Any) -> Any:
+def _checked(value: Any, command: bytes) -> Any:
     if isinstance(value, ServerError):
-        raise value
+        _, _, name, _, key, *_ = command.split(b"\r\n")
+        raise value.about(name.decode(), key)
     return value
 
 

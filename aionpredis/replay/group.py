@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 import anyio
 
 from aionpredis import streams
-from aionpredis.errors import ServerError, UsageError
-from aionpredis.replay.log import FIELD, ChunkId, LogReader, Names, unpack
+from aionpredis.errors import CorruptValue, ServerError, UsageError
+from aionpredis.replay.log import FIELD, ChunkId, LogReader, Names, parse_commit
 from aionpredis.wire.connection import Connection
 
 if TYPE_CHECKING:
@@ -71,9 +71,11 @@ class GroupSource:
                     return False
                 await anyio.sleep(self._pause)  # another learner holds them: they are acknowledged, or reclaimed
         except ServerError as error:
-            if "NOGROUP" in str(error):  # the run is over, and the group of the next one was made
+            if "NOGROUP" not in str(error):
+                raise
+            if await self._has_ended():  # the group of the next run was made
                 return False
-            raise
+            self._made = False  # a failover has lost it; what was acknowledged comes again
         return True
 
     async def acknowledge(self, chunks: list[ChunkId]) -> None:
@@ -125,11 +127,17 @@ class GroupSource:
 
     async def _add(self, entries: list[Any]) -> None:
         others: list[bytes] = []
-        for raw_id, fields in entries:
-            left, _, right = raw_id.partition(b"-")
-            if int(left) == self._log.run and fields and fields[0] == FIELD:
-                self._chunks.append(unpack(fields[1], int(right)))
+        wrong: CorruptValue | None = None
+        for entry in entries:
+            raw_id, fields = entry
+            if int(raw_id.partition(b"-")[0]) == self._log.run and fields and fields[0] == FIELD:
+                try:
+                    self._chunks += self._log.checked(map(parse_commit, [entry]))
+                except CorruptValue as error:  # it stays pending, and does not hold up the others
+                    wrong = error
             else:
                 others.append(raw_id)  # of the next run, which has a group of its own
         if others:
             await self._client.call("XACK", self._names.log, self._group, *others, repeatable=True)
+        if wrong is not None:
+            raise wrong

@@ -60,7 +60,9 @@ class Index:
         new = slice(first, self.chunk_count)
         self._first[first + 1 : self.chunk_count + 1] = start + np.cumsum(rows)
         self._seq[new] = [chunk.seq for chunk in chunks]
-        self._entry[new] = [chunk.entry for chunk in chunks]
+        entries = np.array([*self._entry[first - 1 : first], *(chunk.entry for chunk in chunks)], np.int64)
+        # Ascending. After a failover an entry may have a number again that is not higher than those before.
+        self._entry[new] = np.maximum.accumulate(entries)[-len(chunks) :] if len(chunks) else entries[:0]
         self._actor[new] = [self._number(chunk.incarnation) for chunk in chunks]
         self._link(first)
         at, stop = start - self._base, self._stop - self._base

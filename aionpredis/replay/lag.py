@@ -6,24 +6,29 @@ look there until it has caught up. It costs nothing while nobody lags.
 
 from __future__ import annotations
 
+import re
 import time
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import anyio
 
 from aionpredis import streams
+from aionpredis.errors import CorruptValue
 from aionpredis.replay.log import Names
 
 if TYPE_CHECKING:
     from aionpredis.client import Client
 
-__all__ = ["Lag", "Progress"]
+__all__ = ["Lag", "Progress", "slowest"]
 
 WRITE_SECONDS = 0.02
 """A learner says how far it is at most so often."""
 
 LOOK_SECONDS = 0.01, 0.1
 """Pauses between an actor's looks while it waits: they double from the first to the last."""
+
+_READ = re.compile(rb"(\d{1,20}):(\d{1,20})")
 
 
 class Progress:
@@ -81,5 +86,24 @@ class Lag:
 
     async def _slowest(self) -> int:
         fields: list[bytes] = await self._client.call("HVALS", self._key, repeatable=True)
-        read = [entry for run, entry in (map(int, value.split(b":")) for value in fields) if run == self._run]
-        return min(read, default=0)
+        try:
+            return slowest(fields, self._run)
+        except CorruptValue as error:
+            error.key = self._key
+            raise
+
+
+def slowest(fields: Iterable[bytes], run: int) -> int:
+    """The lowest entry among what the learners of a run wrote, ``run:entry`` each; 0 if there is none.
+
+    Raises:
+        CorruptValue: one of them wrote something else.
+    """
+    entries = []
+    for field in fields:
+        found = _READ.fullmatch(field)
+        if found is None:
+            raise CorruptValue(f"a learner's progress is run:entry, not {field[:40]!r}")
+        if int(found[1]) == run:
+            entries.append(int(found[2]))
+    return min(entries, default=0)

@@ -10,27 +10,41 @@ import re
 import struct
 import zlib
 from collections import deque
-from collections.abc import Iterable
-from functools import lru_cache
+from collections.abc import Iterable, Sequence
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from aionpredis import streams
-from aionpredis.errors import CorruptValue
+from aionpredis.errors import CorruptValue, ServerError
 from aionpredis.names import check_name
+from aionpredis.replay.schema import MAX_ROWS
 from aionpredis.wire import resp
-from aionpredis.wire.resp import Reply
+from aionpredis.wire.resp import Buffer, Reply
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
     from aionpredis.client import Client
+    from aionpredis.replay.runs import Beginning
 
-__all__ = ["Begin", "ChunkId", "LogReader", "Names", "look_again", "pack"]
+__all__ = [
+    "FIELD",
+    "Begin",
+    "ChunkId",
+    "CommitsReply",
+    "LogReader",
+    "Names",
+    "look_again",
+    "pack",
+    "parse_begin",
+    "parse_commit",
+    "unpack",
+]
 
 _ENTRY = struct.Struct("<8sII")
 FIELD = b"c"
-_COMMIT = re.compile(rb"\*2\r\n\$\d{1,2}\r\n\d{1,20}-(\d{1,20})\r\n\*2\r\n\$1\r\nc\r\n\$(\d{1,9})\r\n")
+_COMMIT = re.compile(rb"\*2\r\n\$(\d{1,2})\r\n(\d{1,20}-(\d{1,20}))\r\n\*2\r\n\$1\r\nc\r\n\$(\d{1,9})\r\n")
 """An entry of :data:`FIELD` alone, in RESP, up to the packed commit."""
 
 
@@ -89,18 +103,20 @@ def pack(chunk: ChunkId) -> bytes:
 
 
 def unpack(packed: bytes, entry: int = 0) -> ChunkId:
+    """The commit that :func:`pack` made; :class:`CorruptValue` if ``packed`` is too short. Nothing else is checked."""
     try:
         incarnation, seq, rows = _ENTRY.unpack_from(packed)
     except struct.error:
-        raise CorruptValue(f"a log entry of {len(packed)} bytes is no commit") from None
+        raise CorruptValue(f"entry {entry} of the run is no commit: {packed!r}") from None
     return ChunkId(incarnation, seq, rows, packed[_ENTRY.size :], entry)
 
 
-def parse_begin(run: int, fields: dict[bytes, bytes]) -> Begin:
+def parse_begin(names: Names, run: int, fields: dict[bytes, bytes]) -> Begin:
+    """What the entry ``run-0`` says; :class:`CorruptValue` if it does not begin a run."""
     try:
         return Begin(run, fields[b"begin"], int(fields[b"policy"]), fields[b"schema"].decode())
     except (KeyError, ValueError):
-        raise CorruptValue(f"entry {run}-0 of the log does not begin a run: {fields!r:.200}") from None
+        raise CorruptValue(f"entry {run}-0 does not begin a run: {streams.shown(fields)}", key=names.log) from None
 
 
 def share(chunk: ChunkId, learners: int) -> int:
@@ -117,16 +133,23 @@ class CommitsReply(Reply):
         match = _COMMIT.match(staging, start, end)
         if match is None:
             return None
+        id_size, raw_id, right, size = match.groups()
         at = match.end()
-        stop = at + int(match[2])
+        stop = at + int(size)
+        if int(id_size) != len(raw_id):
+            return None  # no RESP
         if stop + 2 > end or stop - at < _ENTRY.size or not staging.startswith(b"\r\n", stop):
             return None
         incarnation, seq, rows = _ENTRY.unpack_from(staging, at)
-        return ChunkId(incarnation, seq, rows, bytes(staging[at + _ENTRY.size : stop]), int(match[1])), stop + 2
+        return ChunkId(incarnation, seq, rows, bytes(staging[at + _ENTRY.size : stop]), int(right)), stop + 2
 
 
-def _commit(entry: list[Any]) -> ChunkId:
-    """The same from an entry as it was parsed."""
+def _commits(command: Sequence[Buffer]) -> tuple[Sequence[Buffer], CommitsReply]:
+    return command, CommitsReply()
+
+
+def parse_commit(entry: list[Any]) -> ChunkId:
+    """The commit in an entry as a stream's commands return it, id and fields; :class:`CorruptValue` if it is none."""
     raw_id, fields = entry
     packed = fields[1] if len(fields) == 2 and fields[0] == FIELD else b""
     return unpack(packed, int(raw_id.partition(b"-")[2]))
@@ -163,14 +186,26 @@ class Seen:
 
 class LogReader:
     """Reads the commits of one run, each chunk once; of ``n`` learners, the i-th (``shard=(i, n)``) its own chunks only.
-    ``after``: an entry, and how many of its transitions were read: those before it are left out. They are looked at, since
-    they may come again.
 
-    ``ended``: a newer run has begun, or the log is gone.
+    A failover can take the last entries away, and give their ids to others. So whenever the server may have become another
+    one, the run is read again from its beginning; what is known already is passed over.
+
+    ``after``: an entry, and how many of its transitions were read: what is before is left out, but looked at, since it may
+    come again. ``max_rows``: transitions that a chunk may say it has; memory for them is allocated before it is seen.
+    ``ended``: a newer run has begun, the log is gone, or another run has taken this one's number. ``beginning``: of a run
+    that this process began, and therefore keeps.
     """
 
     def __init__(
-        self, client: Client, names: Names, run: int, shard: tuple[int, int] = (0, 1), after: tuple[int, int] = (0, 0)
+        self,
+        client: Client,
+        names: Names,
+        run: int,
+        shard: tuple[int, int] = (0, 1),
+        *,
+        after: tuple[int, int] = (0, 0),
+        max_rows: int = MAX_ROWS,
+        beginning: Beginning | None = None,
     ) -> None:
         self.run = run
         self.shard = shard
@@ -178,52 +213,125 @@ class LogReader:
         self.duplicates = 0
         self._client = client
         self._names = names
-        self._cursor = (run, 0)
+        self._max_rows = max_rows
         self._after = after
+        self._beginning = beginning
+        self._changes = client.faults.changes
+        self._cursor = (run, 0)
+        self._fresh = True  # read from the beginning, inclusively
+        self._token: bytes | None = None
+        self._replaced = False  # another run has the number
+        self._known_to = 0  # up to this entry the log was read before
         self._seen: dict[bytes, Seen] = {}
+        self._missed: dict[tuple[bytes, int], int] = {}
 
     async def read(self, *, wait: bool) -> list[ChunkId]:
-        """Chunks committed since the last call; with ``wait``, at least one, unless the run ended or seconds passed."""
-        present = await self._page()
+        """Chunks committed since the last call; with ``wait``, at least one, unless the run ended or seconds passed.
+
+        Raises:
+            CorruptValue: an entry is no commit. It is raised each time, until the entry is deleted.
+        """
+        present, _ = await self._page()
         if not present and wait and not self.ended:
             entries = await streams.read_blocking(self._client, self._names.log, self._cursor)
+            if self._client.faults.changes != self._changes:
+                return self._take((await self._page())[0])
             if not entries:
                 last = await streams.last_generated(self._client, self._names.log)
                 self.ended = last is None or last[0] > self.run
+                if last is not None and last < self._cursor:
+                    self._read_again()
             elif entries[-1][0][0] != self.run:
                 self.ended = True
-            # All are unpacked before anything is noted: an error leaves everything as it was.
-            present = [unpack(fields.get(FIELD, b""), right) for (left, right), fields in entries if left == self.run]
+            found = (unpack(fields.get(FIELD, b""), right) for (left, right), fields in entries if left == self.run)
+            present = self.checked(found)
         return self._take(present)
 
     async def read_all(self, chunks: list[ChunkId] | deque[ChunkId]) -> None:
         """Append all chunks committed since the last call, up to now. Cancelled, it can be called again."""
         while True:
-            present = await self._page()
+            present, more = await self._page()
             chunks.extend(self._take(present))
-            if len(present) < streams.PAGE:
+            if not more:
                 return
 
-    async def _page(self) -> list[ChunkId]:
-        """The next commits of the run; none if there are no more yet."""
-        left, right = self._cursor
-        first, last = f"({left}-{right}", f"{self.run}-{streams.RIGHT_MAX}"
-        command = resp.encode("XRANGE", self._names.log, first, last, "COUNT", streams.PAGE)
-        reply = await self._client.request(lambda: (command, CommitsReply()))
-        return [item if type(item) is ChunkId else _commit(item) for item in reply.result()]
+    async def _page(self) -> tuple[list[ChunkId], bool]:
+        """The next commits of the run, and whether there are more; none if there are no more yet."""
+        faults = self._client.faults
+        while True:
+            if self._beginning is not None and self._beginning.doubtful and not await self._beginning.confirm():
+                self._replaced = True
+            if self._replaced:
+                self.ended = True
+                return [], False
+            first = f"{self.run}-0" if self._fresh else f"({self.run}-{self._cursor[1]}"
+            last = f"{self.run}-{streams.RIGHT_MAX}"
+            command = resp.encode("XRANGE", self._names.log, first, last, "COUNT", streams.PAGE)
+            reply = await self._client.request(partial(_commits, command))
+            if faults.changes == self._changes:
+                break
+            self._changes = faults.changes
+            self._read_again()
+        (items,) = reply.values
+        if isinstance(items, ServerError):
+            raise items.about("XRANGE", self._names.log)
+        more = len(items) == streams.PAGE
+        if self._fresh and items and type(items[0]) is not ChunkId and items[0][1][:1] == [b"begin"]:
+            token = items.pop(0)[1][1]
+            if self._token not in (None, token):
+                self._replaced = self.ended = True
+                return [], False
+            self._token = token
+        return self.checked(item if type(item) is ChunkId else parse_commit(item) for item in items), more
+
+    def checked(self, chunks: Iterable[ChunkId]) -> list[ChunkId]:
+        """All of these commits, or none: an error leaves everything as it was.
+
+        Raises:
+            CorruptValue: one is no commit, or no chunk has so many transitions.
+        """
+        try:
+            commits = list(chunks)
+            for chunk in commits:
+                if not 0 < chunk.rows <= self._max_rows:
+                    raise CorruptValue(
+                        f"entry {self.run}-{chunk.entry} says that a chunk has {chunk.rows:,} transitions: of this schema"
+                        f" it has 1 to {self._max_rows:,}"
+                    )
+        except CorruptValue as error:
+            error.key = self._names.log
+            raise
+        return commits
+
+    def _read_again(self) -> None:
+        self._known_to = max(self._known_to, self._cursor[1])
+        if self._cursor[1] > self._after[0]:
+            self._after = (0, 0)  # all of those are known; these numbers may belong to other chunks now
+        self._cursor = (self.run, 0)
+        self._fresh = True
 
     def _take(self, present: list[ChunkId]) -> list[ChunkId]:
         """The chunks that are new."""
         chunks: list[ChunkId] = []
         for chunk in present:
             self._cursor = self.run, chunk.entry
-            if not self._seen.setdefault(chunk.incarnation, Seen()).add(chunk.seq):
-                self.duplicates += 1
+            self._fresh = False
+            is_new = self._seen.setdefault(chunk.incarnation, Seen()).add(chunk.seq)
+            if not is_new and self._missed.get(chunk[:2], chunk.entry) != chunk.entry:
+                # Its actor found that the data had gone before the commit was complete, and sent it again.
+                del self._missed[chunk[:2]]
+                is_new = True
+            if not is_new:
+                self.duplicates += chunk.entry > self._known_to
             elif (chunk.entry, chunk.rows) <= self._after:
                 pass
             elif share(chunk, self.shard[1]) == self.shard[0]:
                 chunks.append(chunk)
         return chunks
+
+    def miss(self, chunk: ChunkId) -> None:
+        """Its data are not on the server. It counts as not read if it is committed again."""
+        self._missed[chunk[:2]] = chunk.entry
 
     @property
     def entry(self) -> int:

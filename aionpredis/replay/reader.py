@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import warnings
 from collections import deque
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
     from aionpredis.client import Client
 
 __all__ = ["Batches", "Position", "ReadStats"]
+
+logger = logging.getLogger(__name__)
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -259,8 +262,8 @@ class Batches:
         self._drop_last = drop_last
         self._progress = progress
         self._handed_out: list[ChunkId] = []  # and not acknowledged
-        self._after = after or Position(log.run, 0, 0)
-        self._position: Position | None = self._after
+        self._position: Position | None = after or Position(log.run, 0, 0)
+        self._begun = self._position[1:]  # a chunk's entry, and the rows of it that were handed out before
         self._read = 0  # the highest entry of the log of which all has arrived; for follow(), all before it, too
         self._pipeline: Pipeline[list[_Wanted]] = Pipeline(client)
         self._arrived: deque[tuple[_Wanted, NDArray[np.uint8] | None]] = deque()  # have to be placed yet
@@ -381,8 +384,9 @@ class Batches:
     def _assign(self, chunk: ChunkId) -> _Wanted:
         """Assign a chunk to rows of the batch that is being filled, and on into the next one."""
         wanted = _Wanted(chunk, self._names.data(self._log.run, chunk))
-        row = self._after.row if chunk.entry == self._after.entry else 0
+        row = self._begun[1] if chunk.entry == self._begun[0] else 0
         if row:  # an earlier reader handed them out
+            self._begun = (0, 0)
             wanted.places.append(_Place(_Batch(self._schema, row, {}), 0, 0, row))
         while row < chunk.rows:
             if not self._batches or self._batches[-1].filled == self._size:
@@ -445,7 +449,8 @@ class Batches:
         self._arrived += [pair for pair in zip(group, values, strict=True) if not isinstance(pair[1], ServerError)]
         if refused:
             self._ask(refused)  # if somebody calls again
-            raise next(value for value in values if isinstance(value, ServerError))
+            error: ServerError = next(value for value in values if isinstance(value, ServerError))
+            raise error.about("GET", refused[0].key)
 
     async def _place(self, wanted: _Wanted, value: NDArray[np.uint8] | None) -> None:
         """Take a chunk that was not predicted: the first of its length, or one that is not there."""
@@ -466,9 +471,17 @@ class Batches:
 
     def _count_lost(self, wanted: _Wanted, evicted: bool) -> None:
         if evicted:
+            if not self.stats.evicted:
+                logger.warning(
+                    "%s: chunks were evicted before they were read; the first: %r", self._names.name, wanted.key
+                )
             self.stats.evicted += 1
+            self._client.counters.evicted += 1
         else:
+            logger.warning("%s: chunk %r is in the log, but not on the server", self._names.name, wanted.key)
             self.stats.missing += 1
+            self._client.counters.lost += 1
+            self._log.miss(wanted.chunk)
             warnings.warn(
                 f"chunk {wanted.key!r} is in the log, but not on the server: it was lost, or an actor died while "
                 "committing it",

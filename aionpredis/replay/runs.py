@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from aionpredis import streams
-from aionpredis.errors import ReplayError, ReplayGone, RunConflict, ServerError
+from aionpredis.errors import CorruptValue, ReplayError, ReplayGone, RunConflict, ServerError
 from aionpredis.replay.log import FIELD, Begin, Names, parse_begin, unpack
 
 if TYPE_CHECKING:
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CLOSED",
+    "Beginning",
     "begin",
     "check_eviction",
     "close",
@@ -44,35 +45,76 @@ async def latest(client: Client, names: Names) -> Begin | None:
     if last is None:
         return None
     entries = await streams.page(client, names.log, f"{last[0]}-0", f"{last[0]}-0")
-    return parse_begin(last[0], entries[0][1]) if entries else None
+    if not entries or FIELD in entries[0][1]:  # a failover has lost the beginning, and a commit has taken its place
+        return None
+    return parse_begin(names, last[0], entries[0][1])
 
 
-async def begin(client: Client, names: Names, *, policy: int, schema: str) -> Begin:
+class Beginning:
+    """The entry that begins a run, for those who write: the trainer that began it, and its actors.
+
+    A failover may lose it with the last entries of the log. Then the server would let anybody begin a run of that number,
+    and take what the actors of the lost one still send for the new one's.
+    """
+
+    def __init__(self, client: Client, names: Names, begin: Begin) -> None:
+        self.begin = begin
+        self._client = client
+        self._names = names
+        self._changes = client.faults.changes
+
+    @property
+    def doubtful(self) -> bool:
+        """Whether the server may have become another one since it was looked at."""
+        return self._client.faults.changes != self._changes
+
+    async def confirm(self) -> bool:
+        """Add the entry again if it was lost; ``False``: another run has taken its number meanwhile."""
+        while self.doubtful:
+            changes = self._client.faults.changes
+            run, log = self.begin.run, self._names.log
+            if await streams.claim(self._client, log, run, _entry(self.begin)) is False:
+                present = await streams.page(self._client, log, f"{run}-0", f"{run}-0")
+                # Nothing, or a commit: the run has ended, or has gone on without its beginning.
+                if present and FIELD not in present[0][1]:
+                    return False
+            self._changes = changes
+        return True
+
+
+async def begin(client: Client, names: Names, *, policy: int, schema: str, above: int = 0) -> Begin:
     """Begin the next run: an ``XADD`` of the explicit id ``run-0``, so of two trainers one wins.
+
+    ``above``: its number is larger than this, too, which a failover may have made the log forget.
 
     Raises:
         RunConflict: another trainer began that run.
         ReplayGone: the replay was deleted meanwhile.
         ServerFull: no memory is left for the entry.
     """
-    entry = {b"begin": os.urandom(8).hex().encode(), b"policy": b"%d" % policy, b"schema": schema.encode()}
+    token = os.urandom(8).hex().encode()
+    entry = _entry(Begin(0, token, policy, schema))
     last = await streams.last_generated(client, names.log)
     if last is None:
         # Microseconds by the server's clock: larger than any run of a deleted replay of this name, so that its actors
         # are stale, too, unless it has begun a run per microsecond. Exact in a float64.
         seconds, micros = await client.call("TIME", repeatable=True)
-        run = int(seconds) * 1_000_000 + int(micros)
+        run = max(int(seconds) * 1_000_000 + int(micros), above + 1)
         begun: bool | None = await _create(client, names, run, entry)
     elif last[0] == CLOSED:
         raise ReplayGone(f"{names.name!r} is being deleted; if that was interrupted: delete() again", replay=names.name)
     else:
-        run = last[0] + 1
+        run = max(last[0], above) + 1
         begun = await streams.claim(client, names.log, run, entry)
         if begun is None:
             raise ReplayGone(f"the log of {names.name!r} was deleted meanwhile", replay=names.name, run=run)
     if not begun:
         raise RunConflict(f"another trainer began run {run} of {names.name!r}", replay=names.name, run=run)
-    return parse_begin(run, entry)
+    return parse_begin(names, run, entry)
+
+
+def _entry(begin: Begin) -> dict[bytes, bytes]:
+    return {b"begin": begin.token, b"policy": b"%d" % begin.policy, b"schema": begin.schema.encode()}
 
 
 async def _create(client: Client, names: Names, run: int, entry: dict[bytes, bytes]) -> bool:
@@ -169,7 +211,12 @@ async def evict(client: Client, names: Names, run: int, entry: int) -> int:
 
 
 async def _unlink(client: Client, names: Names, entries: list[streams.Entry]) -> int:
-    keys = [names.data(left, unpack(fields[FIELD])) for (left, _), fields in entries if FIELD in fields]
+    keys = []
+    for (left, _), fields in entries:
+        try:
+            keys.append(names.data(left, unpack(fields[FIELD])))
+        except (KeyError, CorruptValue):  # it begins a run, or is somebody else's: it names no data
+            pass
     return int(await client.call("UNLINK", *keys, repeatable=True)) if keys else 0
 
 

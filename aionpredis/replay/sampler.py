@@ -17,7 +17,7 @@ from aionpredis.memory import Recycler
 from aionpredis.replay.fetch import Arrays, Fetcher
 from aionpredis.replay.index import Ids, Index
 from aionpredis.replay.lag import Progress
-from aionpredis.replay.log import ChunkId, LogReader, Names
+from aionpredis.replay.log import ChunkId, LogReader, Names, look_again
 from aionpredis.replay.schema import Schema
 from aionpredis.replay.selection import Prioritized, Selection, Uniform
 
@@ -100,6 +100,7 @@ class Sampler:
         tolerance: float,
         seed: int | None,
     ) -> None:
+        self._client = client
         self._schema = schema
         self._names = names
         self._log = log
@@ -175,7 +176,7 @@ class Sampler:
             found = await self._receive(ids[open_rows], out, open_rows)
             open_rows = open_rows[~found]
             lost = ids[open_rows]
-            self._lose(lost[~self._index.is_barred(lost)])
+            await self._lose(lost[~self._index.is_barred(lost)])
         self._count(ids)
         batch = Sample(out)
         batch.ids = ids
@@ -224,12 +225,21 @@ class Sampler:
             self._times.pop(number, None)
         return len(gone)
 
-    def _lose(self, ids: Ids) -> None:
-        """The chunks of these transitions are not on the server any more."""
-        if len(ids):
-            chunks, _ = self._index.locate(ids)
-            rows = np.concatenate([self._index.rows(chunk) for chunk in np.unique(chunks).tolist()])
-            self._stats.lost += self._discard(rows)
+    async def _lose(self, ids: Ids) -> None:
+        """The chunks of these transitions were not on the server."""
+        gone = [np.zeros(0, np.int64)]
+        for number in np.unique(self._index.locate(ids)[0]).tolist() if len(ids) else ():
+            chunk = self._index.chunk(number)
+            value, evicted = await look_again(self._client, self._names, self.run, chunk)
+            if value is not None:
+                continue  # drawn again some time
+            if evicted:
+                self._client.counters.evicted += 1
+            else:
+                self._client.counters.lost += 1
+                self._log.miss(chunk)
+            gone.append(self._index.rows(number))
+        self._stats.lost += self._discard(np.concatenate(gone))
 
     def _count(self, ids: Ids) -> None:
         if self._max_times:

@@ -19,6 +19,9 @@ __all__ = ["Schema"]
 MAX_ROWS = 2**32 - 1
 """Transitions in one chunk; its number in the log has 32 bits."""
 
+MAX_CHUNK_BYTES = 64 << 20
+"""Bytes of one chunk. It is received in one piece, and four of them circulate in every actor."""
+
 EPISODE_ENDS = ("terminated", "truncated")
 """Columns (scalar ``bool``) that say that an episode ended with this transition, as Gymnasium names them."""
 
@@ -60,6 +63,7 @@ class Schema(Mapping[str, "tuple[np.dtype[Any], tuple[int, ...]]"]):
             self._columns[name] = native, tuple(shape)
         self._header_size = len(safetensors.layout(self._spec(MAX_ROWS)).header)  # unsupported dtypes show here
         self.row_nbytes = sum(dtype.itemsize * int(np.prod(shape)) for dtype, shape in self._columns.values())
+        self.max_chunk = MAX_CHUNK_BYTES // max(self.row_nbytes, 1)  # transitions
         self.episode_ends = tuple(name for name in EPISODE_ENDS if self._columns.get(name) == (np.dtype(np.bool_), ()))
 
     def _spec(self, rows: int) -> dict[str, tuple[np.dtype[Any], tuple[int, ...]]]:

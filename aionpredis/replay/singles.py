@@ -64,7 +64,7 @@ class Singles:
                 if not reply.matched:
                     values = reply.values[0]
                     if isinstance(values, ServerError):
-                        raise values
+                        raise values.about("MGET", keys[start])
                     for number, value in enumerate(values, start):
                         if not place(value, head, places[number * count : (number + 1) * count]):
                             lost.append(number)

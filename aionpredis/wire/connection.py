@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from aionpredis.errors import ConnectionLost, ProtocolError, Stalled
+from aionpredis.stats import Counters
 from aionpredis.wire.ready import readiness
 from aionpredis.wire.resp import MAX_VECTORS, TURN, Buffer, Parser, Reply
 from aionpredis.wire.socket import Socket
@@ -68,10 +69,11 @@ class Connection:
     ``timeout``: seconds without any progress, in either direction, after which it is aborted with :class:`Stalled`.
     """
 
-    def __init__(self, sock: Socket, *, timeout: float, max_bulk: int) -> None:
+    def __init__(self, sock: Socket, *, timeout: float, max_bulk: int, counters: Counters | None = None) -> None:
         self.lost: Exception | None = None
         self.reply_window = LOCAL_WINDOW if sock.is_local else REMOTE_WINDOW
         """Bytes of replies that one caller should have asked for and not received."""
+        self._counters = Counters() if counters is None else counters
         self._sock = sock
         self._ready = readiness(sock.raw)
         self._timeout = timeout
@@ -91,6 +93,7 @@ class Connection:
         if self.lost is not None:
             raise _copy(self.lost)
         self._parser.expect(reply)
+        self._counters.requests += 1
         if send and len(self._parser.pending) <= DEEP:
             # At once: the server begins, and what was just written is still in the CPU's cache.
             if self._outbox:
@@ -98,11 +101,16 @@ class Connection:
                 self._send()
             else:
                 self._send_first(buffers, reply)
-            if self._parked and self._outbox:
+            if self._parked and self._sock.waits_for_write(bool(self._outbox)):
                 self._ready.poke()  # it waits for reading only
         else:
             self._outbox.append(_Outgoing(buffers, reply))
         return reply
+
+    def check(self) -> None:
+        """Notice an end that came while nothing was asked for (a server's idle ``timeout``): see :attr:`lost`."""
+        if not self._parser.pending and not self._driving:
+            self._receive()
 
     async def wait(self, reply: Reply, *, eager: bool = False) -> None:
         """Return when the reply is done. Cancelled, the reply is abandoned: nothing more is written into its memory.
@@ -157,7 +165,7 @@ class Connection:
             if patience > 0:
                 continue
             patience = PATIENCE
-            write = bool(self._outbox) or self._sock.wants_write
+            write = self._sock.waits_for_write(bool(self._outbox))
             self._parked = not write
             try:
                 ready = await self._ready.wait(write=write, timeout=self._timeout)
@@ -188,6 +196,7 @@ class Connection:
             return
         if count:
             reply.sent = True
+            self._counters.bytes_sent += count
         if count < size:
             self._outbox.append(_Outgoing(buffers, reply))
             self._took(count)
@@ -216,6 +225,7 @@ class Connection:
             self.abort(ConnectionLost(f"sending failed: {error}"))
             return 0
         self._took(count)
+        self._counters.bytes_sent += count
         return count
 
     def _took(self, count: int) -> None:
@@ -244,6 +254,7 @@ class Connection:
                 return False
             if count == 0:
                 raise ConnectionLost("the server closed the connection")
+            self._counters.bytes_received += count
             done = self._parser.advance(count)
         except Exception as error:  # whatever it was, the parser is in the middle of a reply now
             self.abort(error if isinstance(error, ConnectionLost) else ConnectionLost(f"receiving failed: {error!r}"))
@@ -259,7 +270,7 @@ class Connection:
             return
         for outgoing in self._outbox:
             if outgoing.reply is reply:
-                if not outgoing.index and not outgoing.offset:
+                if not reply.sent:
                     self._outbox.remove(outgoing)
                     self._parser.pending.remove(reply)
                     reply.done = True
@@ -279,16 +290,20 @@ class Connection:
             self.abort(error)
 
     def abort(self, error: Exception) -> None:
-        """Close at once; every outstanding request fails with a copy of ``error``. Never waits; may be called again."""
+        """Close at once; every outstanding request fails with a copy of ``error``. Never waits; may be called again.
+
+        Bytes that are no RESP2 are the answer to the first of them only; the others have lost their connection.
+        """
         if self.lost is not None:
             return
-        self.lost = error
+        self.lost = ConnectionLost(*error.args) if isinstance(error, ProtocolError) else error
         self._ready.closing()
         self._sock.raw.close()
         self._outbox.clear()
         for reply in self._parser.pending:
             reply.done = True
             reply.error = _copy(error)
+            error = self.lost
         self._parser.pending.clear()
         for reply in self._waiting:  # also those whose replies were complete when the bytes behind them made no sense
             reply.waiter.wake()

@@ -23,7 +23,7 @@ from itertools import accumulate
 from numbers import Real
 from typing import Any, TypeAlias, cast
 
-from aionpredis.errors import ProtocolError, ServerError, ServerFull, UsageError
+from aionpredis.errors import ProtocolError, ServerError, ServerFull, ServerUnavailable, UsageError
 from aionpredis.memory import aligned_empty
 
 __all__ = ["Blob", "Buffer", "Parser", "Pattern", "Reply", "Template", "encode", "encode_bytes", "encode_set"]
@@ -285,10 +285,10 @@ class Reply:
 
     When ``done``, either ``error`` is set (the connection broke), or ``matched`` is true (all went as the template
     predicted; ``values`` is empty), or ``values`` holds ``count`` results: ``bytes``, ``int``, ``None``, lists of them,
-    :class:`ServerError` instances, and whatever :meth:`bulk` named.
+    :class:`ServerError` instances, and whatever :meth:`bulk` named. ``refusal``: the last of them that may pass.
     """
 
-    __slots__ = ("abandoned", "count", "done", "error", "matched", "sent", "template", "values", "waiter")
+    __slots__ = ("abandoned", "count", "done", "error", "matched", "refusal", "sent", "template", "values", "waiter")
 
     def __init__(self, count: int = 1, template: Template | None = None) -> None:
         self.count = count
@@ -299,6 +299,7 @@ class Reply:
         self.abandoned = False
         self.sent = False  # a byte of the request was given to the kernel
         self.error: Exception | None = None
+        self.refusal: ServerUnavailable | None = None
         self.waiter: Any = None
 
     def bulk(self, size: int) -> tuple[Sequence[memoryview], Any] | None:
@@ -308,6 +309,10 @@ class Reply:
     element: Callable[[bytearray, int, int], tuple[Any, int] | None] | None = None
     """A shortcut for a reply that is a long array: ``element(staging, start, end)`` may give the element that begins at
     ``start``, and where it ends, if it is complete there and looks as expected; otherwise it is parsed as usual."""
+
+    def accepts(self, value: Any) -> bool:
+        """Whether the server may answer so. If not, this is another request's reply: the connection is given up."""
+        return True
 
     def result(self) -> Any:
         """The only value; raises it if it is a :class:`ServerError`."""
@@ -319,7 +324,10 @@ class Reply:
 
 def server_error(line: bytes) -> ServerError:
     text = line.decode("utf-8", "replace")
-    return ServerFull(text) if text.startswith("OOM ") else ServerError(text)
+    code = text.partition(" ")[0]
+    if code == "OOM":
+        return ServerFull(text)
+    return ServerUnavailable(text) if code in ServerUnavailable.CODES else ServerError(text)
 
 
 DROPPED = memoryview(bytearray(STAGING))
@@ -512,6 +520,8 @@ class Parser:
                 value = items
                 stack.pop()
             else:
+                if not (reply.abandoned or reply.accepts(value)):
+                    raise ProtocolError(f"a reply of another kind than was asked for: {type(value).__name__}")
                 reply.values.append(value)
                 if len(reply.values) == reply.count:
                     return True
@@ -536,7 +546,8 @@ class Parser:
         if not template.verify():
             # The bytes of earlier calls lie in the template only, these here in both.
             template.received -= moved
-            self._replace_staging(*template.arrived(), self._view[start : self._end])
+            if template.received:  # only of the first: to move all the others for each of them would be quadratic
+                self._replace_staging(*template.arrived(), self._view[start : self._end])
             reply.template = None
             return True
         self._start += moved
@@ -554,9 +565,9 @@ class Parser:
         while True:
             start = self._start
             stop = staging.find(b"\r\n", start, end)
+            if (end - 1 if stop < 0 else stop) - start > MAX_LINE:  # its \r may be the last that has come
+                raise ProtocolError(f"no end of line within {MAX_LINE} bytes")
             if stop < 0:
-                if end - start > MAX_LINE:
-                    raise ProtocolError(f"no end of line within {MAX_LINE} bytes")
                 return _INCOMPLETE
             kind = staging[start]
             line = staging[start + 1 : stop]
@@ -584,6 +595,8 @@ class Parser:
                 value = self._number(line)
             elif kind == 0x2D:  # -
                 value = server_error(bytes(line))
+                if isinstance(value, ServerUnavailable):
+                    reply.refusal = value
             elif kind == 0x2A:  # *
                 length = self._number(line)
                 if length > 0:

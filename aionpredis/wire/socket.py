@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import socket
 import ssl
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 from aionpredis.wire.resp import Buffer
@@ -21,6 +21,9 @@ setting it there turns the kernel's own tuning off."""
 RECORD = 16 * 1024
 """Bytes: the longest TLS record. More at once would only be cut again."""
 
+TLS_TURN = 256 * 1024
+"""Bytes after which TLS lets other tasks run."""
+
 
 class Socket(Protocol):
     """What a connection needs of a socket."""
@@ -29,9 +32,8 @@ class Socket(Protocol):
     is_local: bool
     """A Unix socket: no distance, and buffers of a fixed size."""
 
-    @property
-    def wants_write(self) -> bool:
-        """Whether bytes that were accepted (or TLS itself) still wait for the socket to become writable."""
+    def waits_for_write(self, queued: bool) -> bool:
+        """Whether to wait for the socket to become writable, and not only readable; ``queued``: there is more to send."""
 
     def send(self, buffers: Sequence[Buffer]) -> int:
         """Hand bytes to the kernel; how many it took, 0 if it would block. Raises ``OSError``."""
@@ -43,13 +45,14 @@ class Socket(Protocol):
 class PlainSocket:
     """Scatter and gather by ``sendmsg`` and ``recvmsg_into``: no byte is joined or copied on this side."""
 
-    wants_write = False
-
     def __init__(self, raw: socket.socket) -> None:
         self.raw = raw
         self.is_local = raw.family == getattr(socket, "AF_UNIX", None)
         if self.is_local:
             raw.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
+
+    def waits_for_write(self, queued: bool) -> bool:
+        return queued
 
     def send(self, buffers: Sequence[Buffer]) -> int:
         try:
@@ -65,9 +68,14 @@ class PlainSocket:
 
 
 class TLSSocket:
-    """One buffer a call. Also serves plain sockets where the platform has no ``sendmsg``.
+    """One buffer a system call. Also serves plain sockets where the platform has no ``sendmsg``.
 
-    TLS wants a blocked send repeated with the same bytes; so a record's worth is copied, and counts as sent from then on.
+    TLS wants a blocked send repeated with the same bytes: they are copied then, and count as sent. It may have to write
+    before it can read, and the reverse (a renegotiation, a new key).
+
+    Redis 7.0 over loopback TCP, a core each, with TLS against without: 0.45 of the 80x80 uint16 arrays a second, by a writer
+    and by mget; 0.53 of the bytes of a 32 MB set, 0.73 of its get; 0.68 of the single sets. (In one record a turn: 0.26,
+    0.20, 0.48, 0.57 and 0.73.)
     """
 
     is_local = False
@@ -76,44 +84,78 @@ class TLSSocket:
         self.raw = raw
         self._held = b""
         self._read_blocked_on_write = False
+        self._write_blocked_on_read = False
 
-    @property
-    def wants_write(self) -> bool:
-        return bool(self._held) or self._read_blocked_on_write
+    def waits_for_write(self, queued: bool) -> bool:
+        if self._read_blocked_on_write:
+            return True
+        return (queued or bool(self._held)) and not self._write_blocked_on_read
 
     def send(self, buffers: Sequence[Buffer]) -> int:
-        if self._held and not self._push():
-            return 0
-        record = bytearray()
-        for buffer in buffers:
-            record += memoryview(buffer)[: RECORD - len(record)]
-            if len(record) == RECORD:
-                break
-        self._held = bytes(record)
-        self._push()
-        return len(record)
+        count = 0
+        if self._push(self._held):
+            for record in _records(buffers):
+                count += len(record)
+                if not self._push(record) or count >= TLS_TURN:
+                    break
+        return count
 
-    def _push(self) -> bool:
+    def _push(self, record: bytes | bytearray | memoryview) -> bool:
+        """Send a record, or hold what was not taken of it; whether all was."""
+        self._write_blocked_on_read = False
         try:
-            while self._held:
-                self._held = self._held[self.raw.send(self._held) :]
-        except (BlockingIOError, ssl.SSLWantWriteError, ssl.SSLWantReadError):
-            return False
-        return True
+            while record:
+                record = record[self.raw.send(record) :]
+        except ssl.SSLWantReadError:
+            self._write_blocked_on_read = True
+        except (BlockingIOError, ssl.SSLWantWriteError):
+            pass
+        self._held = bytes(record)  # until now it was the caller's memory
+        return not self._held
 
     def receive(self, buffers: Sequence[memoryview]) -> int:
-        if self._held:
-            self._push()
+        self._push(self._held)
         self._read_blocked_on_write = False
+        count = 0
         try:
-            return self.raw.recv_into(next(buffer for buffer in buffers if len(buffer)))
+            for buffer in buffers:
+                while len(buffer):
+                    # Until it blocks: what TLS has decrypted already does not make the socket readable.
+                    received = self.raw.recv_into(buffer)
+                    count += received
+                    if not received or count >= TLS_TURN:
+                        return count
+                    buffer = buffer[received:]
         except ssl.SSLWantWriteError:
             self._read_blocked_on_write = True
-            return -1
         except (BlockingIOError, ssl.SSLWantReadError):
-            return -1
+            pass
         except (ssl.SSLEOFError, ssl.SSLZeroReturnError):
-            return 0
+            return count
+        except OSError:
+            if not count:  # otherwise the next call says it again
+                raise
+        return count or -1
+
+
+def _records(buffers: Sequence[Buffer]) -> Iterator[memoryview | bytearray]:
+    """The bytes in pieces of a record's length. Those of small buffers are joined: a record costs more than a copy."""
+    joined = bytearray()
+    for buffer in buffers:
+        view = memoryview(buffer)
+        while len(view):
+            if not joined and len(view) >= RECORD:
+                yield view[:RECORD]
+                view = view[RECORD:]
+                continue
+            room = RECORD - len(joined)
+            joined += view[:room]
+            view = view[room:]
+            if len(joined) == RECORD:
+                yield joined
+                joined = bytearray()
+    if joined:
+        yield joined
 
 
 def wrap(raw: socket.socket) -> Socket:

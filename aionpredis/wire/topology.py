@@ -5,6 +5,7 @@ from __future__ import annotations
 import anyio
 
 from aionpredis.errors import ConnectError, UsageError
+from aionpredis.stats import Counters
 from aionpredis.wire.connection import Connection
 from aionpredis.wire.dial import Dialer
 
@@ -14,8 +15,9 @@ __all__ = ["OneServer"]
 class OneServer:
     """All keys on one server, all data over one connection (two or three brought nothing: the server is the limit)."""
 
-    def __init__(self, dialer: Dialer) -> None:
+    def __init__(self, dialer: Dialer, counters: Counters) -> None:
         self.dialer = dialer
+        self._counters = counters
         self._connection: Connection | None = None
         self._dialing = anyio.Lock()
         self._dialed = 0
@@ -27,6 +29,11 @@ class OneServer:
         """The shared data connection, if there is one that works."""
         connection = self._connection
         return connection if connection is not None and connection.lost is None else None
+
+    @property
+    def lost(self) -> Exception | None:
+        """Why the last shared connection does not work, if there was one."""
+        return None if self._connection is None else self._connection.lost
 
     async def connection(self) -> Connection:
         """The shared data connection; made anew if the last one broke.
@@ -45,12 +52,14 @@ class OneServer:
                     raise type(self._failure)(*self._failure.args)
                 self._failure = None
                 try:
-                    self._connection = await self.dialer.dial()
+                    connection = await self.dialer.dial()
                 except ConnectError as error:
-                    self._failure = error
+                    self._failure = type(error)(*error.args)
                     raise
                 finally:
                     self._dialed += 1
+                self._counters.reconnects += self._connection is not None
+                self._connection = connection
                 if self._closed:
                     self._connection.close()
                     raise UsageError("the client was closed")

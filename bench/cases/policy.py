@@ -14,8 +14,7 @@ import anyio.to_thread
 import numpy as np
 
 import aionpredis
-from aionpredis.policy import Policy, PolicyVersion
-from aionpredis.streams import Entry
+from aionpredis.policy import Announced, Policy, PolicyVersion
 from bench.harness import Case, Contender, Ratio, Sample
 
 WATCHERS = 1000
@@ -27,9 +26,9 @@ class _Noting(Policy):
 
     known = 0.0
 
-    async def _load(self, entry: Entry) -> PolicyVersion | None:
+    async def _load(self, announced: Announced) -> PolicyVersion | None:
         self.known = time.perf_counter()
-        return await super()._load(entry)
+        return await super()._load(announced)
 
 
 def _watch(pipe: Connection, url: str, name: str, clients: int, watchers: int) -> None:

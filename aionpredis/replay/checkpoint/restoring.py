@@ -121,7 +121,7 @@ class _Writing:
                 tasks.cancel_scope.cancel()
             self._tell(0)
         finally:
-            self._committer.abandon()
+            self._committer.close()
 
     async def _commit(self, file: _File, columns: Arrays) -> None:
         row = 0
@@ -141,7 +141,7 @@ class _Writing:
         with anyio.move_on_after(self._lease) as scope:
             await self._committer.progress()
         if scope.cancelled_caught:  # actors wait until a full server has room again; here that is an error
-            await self._client.call("SET", f"{self._names.name}:restore", b"", "PX", 1, repeatable=True)
+            await self._client.call("SET", f"{self._names.name}:{self._run}:restore", b"", "PX", 1, repeatable=True)
         self._tell(self._total // STEPS)
 
     def _tell(self, least: int) -> None:

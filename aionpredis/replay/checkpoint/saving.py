@@ -113,7 +113,8 @@ class _Saving:
 
     async def save(self, extra: Extra) -> None:
         weights = await self._client.policy(self._names.name).latest()
-        await LogReader(self._client, self._names, self._run).read_all(self._chunks)
+        log = LogReader(self._client, self._names, self._run, max_rows=self._schema.max_chunk)
+        await log.read_all(self._chunks)
         self._total = sum(chunk.rows for chunk in self._chunks)
         self._report(0, self._total)
         if weights is not None:
@@ -175,7 +176,7 @@ class _Saving:
                 reply, group = await pipeline.next()
                 for chunk, value in zip(group, reply.values, strict=True):
                     if isinstance(value, ServerError):
-                        raise value
+                        raise value.about("GET", self._names.data(self._run, chunk))
                     yield chunk, value
         finally:
             pipeline.abandon()
@@ -268,7 +269,7 @@ async def _begin_of(client: Client, names: Names, run: int) -> Begin:
     entries = await streams.page(client, names.log, f"{run}-0", f"{run}-0")
     if not entries:
         raise ReplayGone(f"run {run} of {names.name!r} is not there (any more)", replay=names.name, run=run)
-    return parse_begin(run, entries[0][1])
+    return parse_begin(names, run, entries[0][1])
 
 
 async def _stored_schema(client: Client, names: Names, begin: Begin) -> Schema:

@@ -1,0 +1,71 @@
+"""What a client counts, for people and for :mod:`aionpredis.telemetry`."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from types import MappingProxyType
+
+__all__ = ["Counters", "Stats"]
+
+
+@dataclass(frozen=True, slots=True)
+class Stats:
+    """What a client, with all that was made from it, has done since it was made. All but ``inflight_bytes`` only grow."""
+
+    bytes_sent: int
+    """Given to the kernel, over all connections."""
+    bytes_received: int
+    requests: int
+    """Sent, each time; one may have several commands. What a connection's opening takes is not counted."""
+    inflight_bytes: int
+    """Now: held by writers and actors, and neither stored nor failed; and of replies that were asked for in pipelines."""
+    waits: int
+    """How often a writer's ``put`` or an actor's ``append`` had to wait for room: backpressure."""
+    retries: int
+    """Further attempts, after a fault that may pass."""
+    reconnects: int
+    """Connections that were made anew, of those that tasks share."""
+    errors: Mapping[str, int]
+    """Faults by kind: the server's code (``OOM``, ``LOADING``, …), or an exception's name. Also those that a retry hid."""
+    repeated: int
+    """A writer's items and an actor's chunks that were sent again, because a fault left open what had become of them."""
+    acknowledged: int
+    """Transitions: committed to a log by this client's actors."""
+    stale: int
+    """Transitions: given up, because their run ended before they were committed, or after an error."""
+    evicted: int
+    """Chunks that were deleted before a reader came to them: by ``capacity``, or with their run."""
+    lost: int
+    """Chunks that a log names and the server does not have, of a run that is kept. 0, unless the server lost data, or an actor
+    died while it committed one (then it was not acknowledged)."""
+
+
+class Counters:
+    """Counted where it happens: once for a system call, a request or a batch, never for an array."""
+
+    __slots__ = tuple(field.name for field in fields(Stats))
+
+    bytes_sent: int
+    bytes_received: int
+    requests: int
+    inflight_bytes: int
+    waits: int
+    retries: int
+    reconnects: int
+    errors: Counter[str]
+    repeated: int
+    acknowledged: int
+    stale: int
+    evicted: int
+    lost: int
+
+    def __init__(self) -> None:
+        for name in self.__slots__:
+            setattr(self, name, 0)
+        self.errors = Counter()
+
+    def snapshot(self) -> Stats:
+        values = {name: getattr(self, name) for name in self.__slots__}
+        return Stats(**values | {"errors": MappingProxyType(dict(self.errors))})

@@ -1,0 +1,213 @@
+"""What a client counts is what has happened, and counting costs nothing that one could see."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+from pathlib import Path
+from typing import Any
+
+import anyio
+import numpy as np
+import pytest
+import redis
+
+import aionpredis
+from aionpredis import RunEnded, Server, ServerError, Stats
+
+from .proxy import Proxy
+from .replays import fill, kill_connections, pause, replay_of, uids
+
+pytestmark = pytest.mark.anyio
+
+STATE = np.arange(80 * 80, dtype=np.uint16).reshape(80, 80)
+
+
+def new() -> Stats:
+    return aionpredis.connect("redis://localhost").stats()
+
+
+def test_fresh_client_has_done_nothing_and_its_stats_do_not_change() -> None:
+    stats = new()
+    assert {
+        value or 0 for field in dataclasses.fields(stats) if not isinstance(value := getattr(stats, field.name), int)
+    }
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        stats.lost = 1  # type: ignore[misc]
+    with pytest.raises(TypeError):
+        stats.errors["OOM"] = 1  # type: ignore[index]
+
+
+async def test_bytes_and_requests_are_those_that_travelled(url: str, tmp_path: Path) -> None:
+    with Proxy(url, tmp_path) as proxy:
+        async with aionpredis.connect(proxy.url) as client:
+            before, passed = client.stats(), proxy.passed_up
+            await client.set("k", STATE)
+            await client.get("k")
+            async with client.writer() as writer:
+                for i in range(100):
+                    await writer.put(f"k{i}", STATE)
+            out = np.empty((100, *STATE.shape), STATE.dtype)
+            await client.mget([f"k{i}" for i in range(100)], out=out)
+            stats = client.stats()
+            assert stats.bytes_sent == proxy.passed_up - passed
+            assert stats.bytes_received > 101 * STATE.nbytes
+            assert 3 < stats.requests - before.requests < 30
+            assert (stats.inflight_bytes, stats.retries, stats.reconnects, dict(stats.errors)) == (0, 0, 0, {})
+
+
+async def test_bytes_in_flight_are_counted_until_they_are_stored_or_dropped(url: str, stock: redis.Redis) -> None:
+    async with aionpredis.connect(url) as client:
+        pause(stock, 20_000)
+        with anyio.move_on_after(0.1):
+            async with client.writer(copy=False) as writer:
+                for i in range(100):
+                    await writer.put(f"k{i}", STATE)
+                assert client.stats().inflight_bytes == writer.inflight > 100 * STATE.nbytes
+                await writer.flush()
+        assert client.stats().inflight_bytes == 0
+        stock.client_unpause()
+        replay = replay_of(client, lease=20)
+        await replay.begin_run()
+        with anyio.move_on_after(0.2):
+            async with replay.actor() as actor:
+                await actor.join()
+                pause(stock, 20_000)
+                await fill(actor, range(8))
+                assert client.stats().inflight_bytes > 0
+                await actor.flush()
+        assert client.stats().inflight_bytes == 0
+        stock.client_unpause()
+        async with replay.actor() as actor:
+            await actor.join()
+            await fill(actor, range(4000))
+        batches = await replay.epoch(batch=16)
+        await anext(batches)
+        assert client.stats().inflight_bytes > 0
+        del batches
+        gc.collect()
+        assert client.stats().inflight_bytes == 0
+
+
+async def test_waits_are_backpressure(url: str, stock: redis.Redis) -> None:
+    async with aionpredis.connect(url) as client:
+        async with client.writer(max_inflight=60_000) as writer:
+            await writer.put("k", STATE)
+            await writer.flush()
+            assert client.stats().waits == 0
+            pause(stock, 100)
+            for i in range(20):
+                await writer.put(f"k{i}", STATE)
+        assert client.stats().waits > 0
+
+
+async def test_faults_are_counted_by_kind(url: str, stock: redis.Redis) -> None:
+    async with aionpredis.connect(url) as client:
+        for _ in range(3):
+            kill_connections(stock)
+            await client.get("k")
+        stats = client.stats()
+        assert stats.reconnects == 3
+        assert stats.retries >= 3
+        assert stats.errors["ConnectionLost"] == stats.retries
+        stock.lpush("list", "x")
+        with pytest.raises(ServerError):
+            await client.get("list")
+        assert client.stats().errors["WRONGTYPE"] == 1
+
+
+async def test_repeated_items_and_chunks_are_counted(url: str, stock: redis.Redis, tmp_path: Path) -> None:
+    with Proxy(url, tmp_path) as proxy:
+        async with aionpredis.connect(proxy.url) as client:
+            replay = replay_of(client, lease=20)
+            await replay.begin_run()
+            async with replay.actor() as actor:
+                await actor.join()
+                pause(stock, 20_000)
+                await fill(actor, range(4))
+                await anyio.sleep(0.02)
+                proxy.cut()
+                stock.client_unpause()
+                await actor.flush()
+            assert client.stats().repeated == 1
+            async with client.writer() as writer:
+                pause(stock, 20_000)
+                for i in range(3):
+                    await writer.put(f"k{i}", STATE)
+                await anyio.sleep(0.02)
+                proxy.cut()
+                stock.client_unpause()
+            assert client.stats().repeated >= 2
+
+
+async def test_transitions_and_chunks_are_counted_over_all_actors_and_readers(url: str, stock: redis.Redis) -> None:
+    async with aionpredis.connect(url) as client:
+        replay = replay_of(client, lease=20)
+        run = await replay.begin_run()
+        async with replay.actor() as first, replay.actor() as second:
+            await first.join()
+            await second.join()
+            await fill(first, range(8))
+            await fill(second, range(8, 12))
+            await first.flush()
+            await second.flush()
+            assert (client.stats().acknowledged, client.stats().stale) == (12, 0)
+            keys: Any = sorted(stock.keys(f"r:{run.run}:*"))
+            stock.delete(keys[0])
+            with pytest.warns(RuntimeWarning, match="not on the server"):
+                assert len(await uids(await replay.epoch())) == 8
+            assert (client.stats().lost, client.stats().evicted) == (1, 0)
+            reading = await replay.epoch(run)
+            await replay.begin_run(keep=2)
+            await fill(first, range(2))
+            with pytest.raises(RunEnded):
+                await first.flush()
+            assert (client.stats().acknowledged, client.stats().stale) == (12, 2)
+            assert await replay.drop(run) == 2
+            assert await uids(reading) == []
+            assert client.stats().lost == 1
+
+
+def metrics_of(reader: Any) -> dict[str, list[tuple[float, dict[str, Any]]]]:
+    data = reader.get_metrics_data()
+    return {
+        metric.name: [(point.value, dict(point.attributes)) for point in metric.data.data_points]
+        for resource in data.resource_metrics
+        for scope in resource.scope_metrics
+        for metric in scope.metrics
+    }
+
+
+async def test_open_telemetry_reads_the_counters(server: Server, url: str, stock: redis.Redis) -> None:
+    sdk = pytest.importorskip("opentelemetry.sdk.metrics")
+    export = pytest.importorskip("opentelemetry.sdk.metrics.export")
+    from aionpredis.telemetry import COUNTERS, observe
+
+    reader = export.InMemoryMetricReader()
+    provider = sdk.MeterProvider([reader])
+    async with aionpredis.connect(url) as client:
+        observe(client, provider)
+        await client.set("k", STATE)
+        kill_connections(stock)
+        await client.get("k")
+        stats = client.stats()
+        metrics = metrics_of(reader)
+        place = {"db.system.name": "redis", "server.address": url.removeprefix("unix://")}
+        for field, (name, _, _) in COUNTERS.items():
+            assert metrics[name] == [(getattr(stats, field), place)]
+        assert metrics["aionpredis.client.io"] == [
+            (stats.bytes_sent, place | {"network.io.direction": "transmit"}),
+            (stats.bytes_received, place | {"network.io.direction": "receive"}),
+        ]
+        assert metrics["aionpredis.client.inflight"] == [(0, place)]
+        (errors,) = metrics["aionpredis.client.errors"]
+        assert errors == (stats.errors["ConnectionLost"], place | {"error.type": "ConnectionLost"})
+    provider.shutdown()
+
+
+def test_open_telemetry_is_told_where_the_server_is_and_no_secret() -> None:
+    pytest.importorskip("opentelemetry.sdk.metrics")
+    from aionpredis.telemetry import _place
+
+    client = aionpredis.connect("redis://user:hunter2@example.org:7000/1")
+    assert _place(client.url) == {"db.system.name": "redis", "server.address": "example.org", "server.port": 7000}
