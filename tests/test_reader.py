@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import time
+import tracemalloc
 import warnings
 from typing import Any
 
@@ -142,6 +143,27 @@ async def test_after_reads_what_came_since(url: str) -> None:
         await replay.begin_run()
         with pytest.raises(ValueError, match="after"):
             await replay.epoch(after=first)
+
+
+async def test_a_reader_keeps_nothing_of_what_it_has_handed_out(url: str) -> None:
+    """Not a byte for each chunk, however long it reads."""
+    async with aionpredis.connect(url) as client, anyio.create_task_group() as tasks:
+        replay = replay_of(client, chunk=1)
+        run = await replay.begin_run()
+        async with replay.actor() as actor:
+            await actor.join()
+            await fill(actor, range(4000))
+            await actor.flush()
+            tracemalloc.start()
+            try:
+                reader = await replay.follow(run, batch=50)
+                for _ in range(80):
+                    await anext(reader)
+                kept = tracemalloc.get_traced_memory()[0]
+            finally:
+                tracemalloc.stop()
+        tasks.cancel_scope.cancel()
+    assert kept < 300_000  # with 4,000 chunk ids: 900,000
 
 
 @pytest.mark.parametrize("shard", [(0, 1), (1, 2)])

@@ -261,7 +261,7 @@ class Batches:
         self._size = batch
         self._drop_last = drop_last
         self._progress = progress
-        self._handed_out: list[ChunkId] = []  # and not acknowledged
+        self._handed_out: list[ChunkId] = []  # to a group, and not acknowledged
         self._position: Position | None = after or Position(log.run, 0, 0)
         self._begun = self._position[1:]  # a chunk's entry, and the rows of it that were handed out before
         self._read = 0  # the highest entry of the log of which all has arrived; for follow(), all before it, too
@@ -353,7 +353,8 @@ class Batches:
 
     def _finish(self) -> Arrays | None:
         batch = self._batches.popleft()
-        self._handed_out += batch.chunks
+        if isinstance(self._source, GroupSource):
+            self._handed_out += batch.chunks
         self._position = Position(self._log.run, *batch.last) if self._source.in_order else None
         arrays = batch.finish()
         rows = len(next(iter(arrays.values())))
