@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import asyncio
 import itertools
+import logging
 import os
 import random
 import sys
@@ -844,6 +845,7 @@ async def go(way: str, url: str, stock: redis.Redis, folder: Path, figures: Figu
 
 def main(cancellations: int) -> None:
     everything = Figures()
+    logging.getLogger("aionpredis").setLevel(logging.ERROR)  # connections break all the time
     with Server() as server, redis.Redis.from_url(server.url) as stock, TemporaryDirectory() as folder:
         for loop, options in LOOPS.items():
             figures = Figures()
