@@ -6,6 +6,10 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from types import MappingProxyType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from aionpredis.writer import Writer
 
 __all__ = ["Counters", "Stats"]
 
@@ -45,7 +49,7 @@ class Stats:
 class Counters:
     """Counted where it happens: once for a system call, a request or a batch, never for an array."""
 
-    __slots__ = tuple(field.name for field in fields(Stats))
+    __slots__ = (*(field.name for field in fields(Stats)), "writers")
 
     bytes_sent: int
     bytes_received: int
@@ -61,11 +65,16 @@ class Counters:
     evicted: int
     lost: int
 
+    writers: set[Writer]
+    """Those that are open. What they hold is asked for: counted with each array it would cost 0.3 µs of 7."""
+
     def __init__(self) -> None:
-        for name in self.__slots__:
-            setattr(self, name, 0)
+        for field in fields(Stats):
+            setattr(self, field.name, 0)
         self.errors = Counter()
+        self.writers = set()
 
     def snapshot(self) -> Stats:
-        values = {name: getattr(self, name) for name in self.__slots__}
+        values = {field.name: getattr(self, field.name) for field in fields(Stats)}
+        values["inflight_bytes"] += sum(writer.inflight for writer in self.writers)
         return Stats(**values | {"errors": MappingProxyType(dict(self.errors))})

@@ -146,6 +146,7 @@ class Writer:
         self._tasks = anyio.create_task_group()
         await self._tasks.__aenter__()
         self._tasks.start_soon(self._pump)
+        self._counters.writers.add(self)
         return self
 
     async def __aexit__(
@@ -168,7 +169,7 @@ class Writer:
             try:
                 await self._tasks.__aexit__(None, None, None)  # the pump raises nothing: only a cancellation comes out
             finally:
-                self._counters.inflight_bytes -= self._held  # what a cancelled block drops
+                self._counters.writers.discard(self)
         if failed is not None:
             if error is None:
                 raise failed
@@ -244,7 +245,8 @@ class Writer:
         await anyio.lowlevel.checkpoint()
         self._check_open()
         length = max(size, self._arena_size)
-        self._counters.waits += self._held > 0 and self._held + length > self._bound
+        if self._held and self._held + length > self._bound:
+            self._counters.waits += 1
         while self._held and self._held + length > self._bound:
             await self._wait_for_room()
             if self._current is not None:
@@ -254,12 +256,13 @@ class Writer:
             self._arenas.clear()  # else they and the large ones would be twice the bound
         pooled = length == self._arena_size and self._arenas
         self._current = batch = _Batch(self._arenas.pop() if pooled else memoryview(bytearray(length)))
-        self._hold(length)
+        self._held += length
         return batch
 
     async def _borrow(self, key: Key, commands: list[Buffer], size: int) -> None:
         """Accept without a copy. If a copy was promised, the call lasts until the bytes are stored."""
-        self._counters.waits += self._held > 0 and self._held + size > self._bound
+        if self._held and self._held + size > self._bound:
+            self._counters.waits += 1
         while self._held and self._held + size > self._bound:
             self._close_batch()
             await self._wait_for_room()
@@ -274,7 +277,7 @@ class Writer:
         batch.buffers += commands
         batch.keys.append(key)
         batch.size += size
-        self._hold(size)
+        self._held += size
         if self._copy:
             self._close_batch()
             try:
@@ -402,13 +405,9 @@ class Writer:
                     self._failures.append((key, value))
         self._free(batch)
 
-    def _hold(self, size: int) -> None:
-        self._held += size
-        self._counters.inflight_bytes += size
-
     def _free(self, batch: _Batch) -> None:
         batch.settled = True
-        self._hold(-batch.size)
+        self._held -= batch.size
         if batch.arena is not None and len(batch.arena) == self._arena_size:
             self._arenas.append(batch.arena)
         self._room.set()
