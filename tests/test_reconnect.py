@@ -454,7 +454,7 @@ async def test_writer_to_a_full_server_names_what_was_not_stored(place: Place) -
             async with client.writer() as writer:
                 await writer.put("a", STATE)
                 await writer.flush()
-                place.config(maxmemory="1mb")
+                place.config(maxmemory="1")
                 for i in range(3):
                     await writer.put(f"b{i}", STATE)
         assert [key for key, _ in raised.value.failures] == ["b0", "b1", "b2"]
