@@ -76,5 +76,5 @@ class Counters:
 
     def snapshot(self) -> Stats:
         values = {field.name: getattr(self, field.name) for field in fields(Stats)}
-        values["inflight_bytes"] += sum(writer.inflight for writer in self.writers)
+        values["inflight_bytes"] += sum(writer.inflight for writer in tuple(self.writers))  # by any thread
         return Stats(**values | {"errors": MappingProxyType(dict(self.errors))})

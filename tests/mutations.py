@@ -144,10 +144,10 @@ MUTATIONS = [
         [
             (
                 LOG,
-                "        if seq < self.mark or seq in self.beyond:\n            return False\n",
+                "        if seq < stops[at]:\n            return False\n",
                 (
-                    "        if seq < self.mark:\n            return False\n"
-                    "        self.mark = seq + 1\n        return True\n"
+                    "        if seq < stops[-1]:\n            return False\n"
+                    "        stops[-1] = seq + 1\n        return True\n"
                 ),
             )
         ],
@@ -157,7 +157,7 @@ MUTATIONS = [
         [
             (
                 LOG,
-                "        if seq < self.mark or seq in self.beyond:\n            return False\n",
+                "        if seq < stops[at]:\n            return False\n",
                 "        return True\n",
             )
         ],

@@ -521,7 +521,7 @@ async def test_full_server_is_an_error_after_one_lease(url: str, stock: redis.Re
 
         def fill_up(done: int, total: int) -> None:
             if done > 100:
-                stock.config_set("maxmemory", "1mb")
+                stock.config_set("maxmemory", "1")
 
         try:
             with anyio.fail_after(20), pytest.raises(ServerFull):

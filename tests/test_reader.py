@@ -417,8 +417,15 @@ def test_seen_is_bounded_by_what_is_in_flight() -> None:
     for seq in order:
         assert seen.add(seq)
         assert not seen.add(seq)
-        assert len(seen.beyond) <= 4
+        assert seen.ranges <= 3
     assert seen.gaps == 0
+    for seq in (*range(1001, 3000), *range(3500, 4000), 3200):  # 1000 and others never come
+        assert seen.add(seq)
+    assert seen.ranges == 4
+    assert seen.gaps == 1 + 499
+    assert not any(seen.add(seq) for seq in (0, 999, 1001, 2999, 3200, 3500, 3999))
+    assert seen.add(1000)
+    assert seen.ranges == 3
 
 
 async def test_entry_that_is_no_commit_is_an_error_each_time(url: str, stock: redis.Redis) -> None:

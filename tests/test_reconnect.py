@@ -124,7 +124,7 @@ def load(place: Place) -> None:
 
 
 def be_full(place: Place) -> None:
-    place.config(maxmemory="1mb")
+    place.config(maxmemory="1")
     time.sleep(0.3)
     place.config(maxmemory="0")
 
@@ -437,7 +437,7 @@ async def test_full_server_is_told_to_the_caller_at_once(place: Place) -> None:
     """A writer and an actor wait instead: see ``be_full``."""
     async with aionpredis.connect(place.url) as client:
         await client.set("k", STATE)
-        place.config(maxmemory="1mb")
+        place.config(maxmemory="1")
         with anyio.fail_after(5):
             with pytest.raises(ServerFull):
                 await client.set("other", STATE)

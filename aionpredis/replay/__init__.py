@@ -29,7 +29,7 @@ from aionpredis.replay.log import Begin as Run
 from aionpredis.replay.log import ChunkId, LogReader, Names
 from aionpredis.replay.reader import Batches, DrawSource, EpochSource, FollowSource, Position, ReadStats, Source
 from aionpredis.replay.sampler import NStep, Sample, Sampler, SampleStats
-from aionpredis.replay.schema import MAX_CHUNK_BYTES, Schema
+from aionpredis.replay.schema import MAX_CHUNK_BYTES, MAX_ROWS, Schema
 from aionpredis.replay.selection import Fifo, Lifo, Newest, Prioritized, Selection, Shuffled, Uniform
 
 if TYPE_CHECKING:
@@ -252,10 +252,11 @@ class Replay:
         the i-th of n learners, 0 the first, that share the run: each chunk goes to exactly one of them.
         """
         number = await self._run(run)
-        position = None
+        position: Position | None
         if isinstance(after, Batches):
             _check_after(after.run, number)
             log = after.log
+            position = Position(number, log.entry, MAX_ROWS)
         else:
             position = _position(after, number)
             log = self._log(number, shard, position)

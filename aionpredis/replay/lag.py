@@ -41,14 +41,18 @@ class Progress:
         self._learner = learner
         self._written = 0  # as actors take it to be before they read it
         self._at = 0.0
+        self._changes = client.faults.changes
 
     def said(self, entry: int) -> bool:
         """Whether the actors know already."""
+        if self._client.faults.changes != self._changes:
+            # What was written may be lost, and the log may end earlier than it did.
+            self._changes, self._written = self._client.faults.changes, 0
         return entry <= self._written
 
     async def note(self, entry: int, *, now: bool = False) -> None:
         """All chunks up to this entry of the log were read. ``now``: not only once in a while."""
-        if entry > self._written and (now or time.monotonic() - self._at > WRITE_SECONDS):
+        if not self.said(entry) and (now or time.monotonic() - self._at > WRITE_SECONDS):
             await self._client.call("HSET", self._key, self._learner, f"{self._run}:{entry}", repeatable=True)
             self._written, self._at = entry, time.monotonic()
 
@@ -79,6 +83,8 @@ class Lag:
         while self.is_behind(run, entry):
             self._read = await self._slowest()
             last = await streams.last_generated(self._client, self._log)
+            if last is not None and last[0] == run:
+                entry = min(entry, last[1])  # a failover may have lost the end of the log
             if not self.is_behind(run, entry) or last is None or last[0] != run:
                 break  # the next commit will find that it has ended
             await anyio.sleep(pause)

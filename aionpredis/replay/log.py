@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import struct
 import zlib
+from bisect import bisect_right
 from collections import deque
 from collections.abc import Iterable, Sequence
 from functools import lru_cache, partial
@@ -156,32 +157,50 @@ def parse_commit(entry: list[Any]) -> ChunkId:
 
 
 class Seen:
-    """Which chunks of one incarnation were read: all below ``mark``, and those in ``beyond``.
+    """Which chunks of one incarnation were read, as ranges of numbers.
 
     A commit whose reply was lost is repeated, so an entry may come twice. A plain highest number would not do: after an
-    out-of-memory error in mid-pipeline chunk 2 can be committed before chunk 1.
+    out-of-memory error in mid-pipeline chunk 2 can be committed before chunk 1. And a number that never comes (its actor
+    gave it up, or it was evicted) must not make all those behind it be kept one by one.
     """
 
-    __slots__ = ("beyond", "mark")
+    __slots__ = ("_count", "_starts", "_stops")
 
     def __init__(self) -> None:
-        self.mark = 0
-        self.beyond: set[int] = set()
+        self._starts = [0]
+        self._stops = [0]
+        self._count = 0
 
     def add(self, seq: int) -> bool:
         """Whether ``seq`` is new."""
-        if seq < self.mark or seq in self.beyond:
+        starts, stops = self._starts, self._stops
+        at = bisect_right(starts, seq) - 1
+        if seq < stops[at]:
             return False
-        self.beyond.add(seq)
-        while self.mark in self.beyond:
-            self.beyond.remove(self.mark)
-            self.mark += 1
+        self._count += 1
+        extends = seq == stops[at]
+        precedes = at + 1 < len(starts) and starts[at + 1] == seq + 1
+        if extends and precedes:
+            stops[at] = stops.pop(at + 1)
+            del starts[at + 1]
+        elif extends:
+            stops[at] = seq + 1
+        elif precedes:
+            starts[at + 1] = seq
+        else:
+            starts.insert(at + 1, seq)
+            stops.insert(at + 1, seq + 1)
         return True
+
+    @property
+    def ranges(self) -> int:
+        """How many ranges are kept: one more than there are holes."""
+        return len(self._starts)
 
     @property
     def gaps(self) -> int:
         """Numbers below the highest that did not come (yet)."""
-        return max(self.beyond) + 1 - self.mark - len(self.beyond) if self.beyond else 0
+        return self._stops[-1] - self._count
 
 
 class LogReader:
@@ -215,6 +234,8 @@ class LogReader:
         self._names = names
         self._max_rows = max_rows
         self._after = after
+        self.begun: dict[tuple[bytes, int], int] = {}
+        """A chunk whose first rows were read before, by incarnation and number: how many."""
         self._beginning = beginning
         self._changes = client.faults.changes
         self._cursor = (run, 0)
@@ -305,7 +326,7 @@ class LogReader:
 
     def _read_again(self) -> None:
         self._known_to = max(self._known_to, self._cursor[1])
-        if self._cursor[1] > self._after[0]:
+        if self._cursor[1] >= self._after[0]:
             self._after = (0, 0)  # all of those are known; these numbers may belong to other chunks now
         self._cursor = (self.run, 0)
         self._fresh = True
@@ -327,6 +348,8 @@ class LogReader:
                 pass
             elif share(chunk, self.shard[1]) == self.shard[0]:
                 chunks.append(chunk)
+                if chunk.entry == self._after[0]:
+                    self.begun[chunk[:2]] = self._after[1]
         return chunks
 
     def miss(self, chunk: ChunkId) -> None:

@@ -263,7 +263,6 @@ class Batches:
         self._progress = progress
         self._handed_out: list[ChunkId] = []  # to a group, and not acknowledged
         self._position: Position | None = after or Position(log.run, 0, 0)
-        self._begun = self._position[1:]  # a chunk's entry, and the rows of it that were handed out before
         self._read = 0  # the highest entry of the log of which all has arrived; for follow(), all before it, too
         self._pipeline: Pipeline[list[_Wanted]] = Pipeline(client)
         self._arrived: deque[tuple[_Wanted, NDArray[np.uint8] | None]] = deque()  # have to be placed yet
@@ -385,9 +384,8 @@ class Batches:
     def _assign(self, chunk: ChunkId) -> _Wanted:
         """Assign a chunk to rows of the batch that is being filled, and on into the next one."""
         wanted = _Wanted(chunk, self._names.data(self._log.run, chunk))
-        row = self._begun[1] if chunk.entry == self._begun[0] else 0
+        row = self._log.begun.pop(chunk[:2], 0)
         if row:  # an earlier reader handed them out
-            self._begun = (0, 0)
             wanted.places.append(_Place(_Batch(self._schema, row, {}), 0, 0, row))
         while row < chunk.rows:
             if not self._batches or self._batches[-1].filled == self._size:

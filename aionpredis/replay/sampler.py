@@ -226,19 +226,24 @@ class Sampler:
         return len(gone)
 
     async def _lose(self, ids: Ids) -> None:
-        """The chunks of these transitions were not on the server."""
+        """Chunks that samples from these transitions on need were not on the server."""
+        if not len(ids):
+            return
+        path = self._index.follow(ids, max(self._length, self._n_step.steps + 1 if self._n_step else 1))
         gone = [np.zeros(0, np.int64)]
-        for number in np.unique(self._index.locate(ids)[0]).tolist() if len(ids) else ():
+        evictions = losses = 0
+        for number in np.unique(self._index.locate(path[path >= 0])[0]).tolist():
             chunk = self._index.chunk(number)
             value, evicted = await look_again(self._client, self._names, self.run, chunk)
             if value is not None:
                 continue  # drawn again some time
-            if evicted:
-                self._client.counters.evicted += 1
-            else:
-                self._client.counters.lost += 1
+            evictions += evicted
+            losses += not evicted
+            if not evicted:
                 self._log.miss(chunk)
             gone.append(self._index.rows(number))
+        self._client.counters.evicted += evictions
+        self._client.counters.lost += losses
         self._stats.lost += self._discard(np.concatenate(gone))
 
     def _count(self, ids: Ids) -> None:

@@ -220,7 +220,7 @@ async def learn(worker: Worker) -> None:
                 runs = [entry.run for entry in read(worker.folder / "runs")]
                 run = next((run for run in runs if run not in finished), None)
                 if run is None:
-                    if worker.stopping:
+                    if (worker.folder / "last").exists():
                         break
                     await anyio.sleep(0.05)
                     continue
