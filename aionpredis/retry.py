@@ -149,7 +149,7 @@ class Retry:
         if kind == "READONLY" and connection is not None:
             connection.abort(ConnectionLost("the server has become a replica"))
         is_final = isinstance(error, FINAL)
-        if is_final or elapsed >= self._seconds:
+        if is_final or elapsed >= self._seconds - 1e-6:  # now - (now - x) may be less than x
             if self.attempts > 1 and not is_final and GIVEN_UP not in str(error):  # who called may have tried by itself
                 times = f"{self.attempts} attempts in {elapsed:.1f} s"
                 error.args = (f"{error.args[0]} ({GIVEN_UP} {times})", *error.args[1:])
