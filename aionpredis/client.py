@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
 from types import TracebackType
@@ -41,8 +41,8 @@ from aionpredis.requests import (
     key_bytes,
     nbytes,
     ok_reply,
+    parts_reply,
     row_views,
-    rows_reply,
     set_command,
     slice_keys,
     ttl_options,
@@ -287,25 +287,45 @@ class Client:
             return found
         header = _header(out)
         rows = row_views(out)
-        size = len(header) + len(rows[0])
+
+        async def place(start: int, values: Any) -> None:
+            values = self._raise(values, "MGET")
+            await self._place(keys[start : start + len(values)], values, out[start:], found[start:])
+
+        await self.receive_parts(names, header, (len(rows[0]),), rows, place)
+        return found
+
+    async def receive_parts(
+        self,
+        keys: Sequence[bytes],
+        header: bytes,
+        sizes: tuple[int, ...],
+        places: Sequence[memoryview],
+        other: Callable[[int, Any], Awaitable[None]],
+    ) -> None:
+        """``MGET``, in slices that are in flight together: what follows ``header`` in the value of ``keys[i]`` goes straight
+        to the i-th ``len(sizes)`` of ``places``. For the modules built on the client.
+
+        ``other(start, values)`` gets a slice whose values were not all so, from ``keys[start]`` on, or the error instead.
+        """
+        count = len(sizes)
+        size = len(header) + sum(sizes)
         step = slice_keys(size)
         pipeline: Pipeline[int] = Pipeline(self)
         asked = 0
         try:
-            while asked < len(names) or len(pipeline):
-                while asked < len(names) and not pipeline.full:
-                    part = slice(asked, asked + step)
-                    command = resp.encode_bytes([b"MGET", *names[part]])
-                    reply_to = partial(rows_reply, header, rows[part])
-                    pipeline.put(partial(_with, command, reply_to), step * size, asked)
+            while asked < len(keys) or len(pipeline):
+                while asked < len(keys) and not pipeline.full:
+                    chosen = keys[asked : asked + step]
+                    command = resp.encode_bytes([b"MGET", *chosen])
+                    reply_to = partial(parts_reply, header, sizes, places[asked * count : (asked + step) * count])
+                    pipeline.put(partial(_with, command, reply_to), len(chosen) * size, asked)
                     asked += step
                 reply, start = await pipeline.next()
                 if not reply.matched:
-                    values = self._raise(reply.values[0], "MGET")
-                    await self._place(keys[start : start + step], values, out[start:], found[start:])
+                    await other(start, reply.values[0])
         finally:
             pipeline.abandon()
-        return found
 
     async def _place(self, keys: list[Key], values: list[Any], out: NDArray[Any], found: NDArray[np.bool_]) -> None:
         """Put values that were not as predicted into their rows: missing, compressed, or in another order of axes."""

@@ -399,7 +399,7 @@ class Writer:
         if batch.reply is not None and batch.reply.values:  # not as predicted: one of them at least was refused
             for key, value in zip(batch.keys, batch.reply.values, strict=False):
                 if isinstance(value, ServerError):
-                    value.command, value.key = "SET", key
+                    value.about("SET", key)
                     if not isinstance(value, self._passing):  # counted with each attempt
                         self._client.faults.meets(value)
                     self._failures.append((key, value))

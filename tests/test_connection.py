@@ -113,6 +113,19 @@ async def test_cancelled_calls_never_disturb_others_nor_write_later(url: str) ->
     assert all((out == before).all() for out, before in left), "written after the call had been cancelled"
 
 
+async def received(theirs: socket.socket, size: int) -> bytearray:
+    """So many bytes of what comes to a non-blocking socket."""
+    got = bytearray()
+    with anyio.fail_after(10):
+        while len(got) < size:
+            await anyio.lowlevel.checkpoint()
+            try:
+                got += theirs.recv(1 << 16)
+            except BlockingIOError:
+                await anyio.sleep(0.001)
+    return got
+
+
 async def test_cancelled_half_sent_small_request_is_completed_from_a_copy() -> None:
     ours, theirs = socket.socketpair()
     with theirs:
@@ -131,19 +144,12 @@ async def test_cancelled_half_sent_small_request_is_completed_from_a_copy() -> N
         async def other() -> None:
             result.append(await ask(connection, "PING"))
 
-        got = bytearray()
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(other)
             whole = b"".join(
                 [b"*3\r\n$3\r\nSET\r\n$1\r\nk\r\n$500000\r\n", b"m" * 500_000, b"\r\n*1\r\n$4\r\nPING\r\n"]
             )
-            with anyio.fail_after(10):
-                while len(got) < len(whole):
-                    await anyio.lowlevel.checkpoint()
-                    try:
-                        got += theirs.recv(1 << 16)
-                    except BlockingIOError:
-                        await anyio.sleep(0.001)
+            got = await received(theirs, len(whole))
             theirs.send(b"+OK\r\n+PONG\r\n")
         assert got == whole
         assert result == [b"PONG"]
@@ -163,17 +169,10 @@ async def test_half_sent_request_that_is_abandoned_twice_is_completed_neverthele
         assert reply.sent
         for _ in range(3):
             connection.abandon(reply)
-        got = bytearray()
         whole = b"".join([*command, *encode("PING")])
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(connection.wait, following)
-            with anyio.fail_after(10):
-                while len(got) < len(whole):
-                    await anyio.lowlevel.checkpoint()
-                    try:
-                        got += theirs.recv(1 << 16)
-                    except BlockingIOError:
-                        await anyio.sleep(0.001)
+            got = await received(theirs, len(whole))
             theirs.send(b"+OK\r\n+PONG\r\n")
         assert got == whole
         assert following.result() == b"PONG"

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from aionpredis.errors import ServerError
-from aionpredis.pipeline import Pipeline
 from aionpredis.replay.plan import Plan
-from aionpredis.requests import parts_reply, row_views, slice_keys
-from aionpredis.wire.resp import Buffer, Reply, encode_bytes
+from aionpredis.requests import row_views
 
 if TYPE_CHECKING:
     from aionpredis.client import Client
@@ -33,9 +30,8 @@ class Singles:
         )
         self.small = np.empty((0, plan.scratch_bytes), np.uint8)
         """Shape ``(transitions, bytes)``: the small columns of the last :meth:`fetch`."""
-        self._small_views: list[
-            list[memoryview]
-        ] = []  # for each series of small columns: its place for each transition
+        # For each series of small columns: its place for each transition.
+        self._small_views: list[list[memoryview]] = []
 
     async def fetch(self, keys: Sequence[bytes], columns: dict[str, NDArray[Any]]) -> list[int]:
         """Receive the file of ``keys[i]`` into row *i* of each large column; which are missing, or other files."""
@@ -47,33 +43,17 @@ class Singles:
         for index, part in enumerate(self._plan.order):
             places[index::count] = next(small)[: len(keys)] if isinstance(part, int) else row_views(columns[part])
         head = self._plan.head
-        size = len(head) + sum(self._sizes)
-        step = slice_keys(size)
         lost: list[int] = []
-        pipeline: Pipeline[int] = Pipeline(self._client)
-        asked = 0
-        try:
-            while asked < len(keys) or len(pipeline):
-                while asked < len(keys) and not pipeline.full:
-                    chosen = keys[asked : asked + step]
-                    command = encode_bytes([b"MGET", *chosen])
-                    payloads = places[asked * count : (asked + step) * count]
-                    pipeline.put(partial(self._ask, command, payloads), len(chosen) * size, asked)
-                    asked += step
-                reply, start = await pipeline.next()
-                if not reply.matched:
-                    values = reply.values[0]
-                    if isinstance(values, ServerError):
-                        raise values.about("MGET", keys[start])
-                    for number, value in enumerate(values, start):
-                        if not place(value, head, places[number * count : (number + 1) * count]):
-                            lost.append(number)
-        finally:
-            pipeline.abandon()
-        return lost
 
-    def _ask(self, command: list[Buffer], payloads: list[memoryview]) -> tuple[list[Buffer], Reply]:
-        return command, parts_reply(self._plan.head, self._sizes, payloads)
+        async def other(start: int, values: Any) -> None:
+            if isinstance(values, ServerError):
+                raise values.about("MGET", keys[start])
+            for number, value in enumerate(values, start):
+                if not place(value, head, places[number * count : (number + 1) * count]):
+                    lost.append(number)
+
+        await self._client.receive_parts(keys, head, self._sizes, places, other)
+        return lost
 
     def _reserve(self, rows: int) -> None:
         if rows <= len(self.small):
