@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 
 from aionpredis import codecs
 from aionpredis.codecs import Codec
-from aionpredis.commands import check_shared, refused
+from aionpredis.commands import check_shared, key_of, refused
 from aionpredis.errors import (
+    AionpredisError,
     ConnectError,
     ConnectionLost,
     EncodeError,
@@ -47,15 +48,18 @@ from aionpredis.requests import (
     slice_keys,
     ttl_options,
     value_reply,
-    values_reply,
+    values_command,
 )
 from aionpredis.retry import LOST, Faults, Retry
 from aionpredis.stats import Counters, Stats
 from aionpredis.wire import resp
+from aionpredis.wire.cluster import Cluster
 from aionpredis.wire.connection import Connection
 from aionpredis.wire.dial import Dialer
+from aionpredis.wire.discovery import ClusterDialer
 from aionpredis.wire.resp import Buffer, Reply
-from aionpredis.wire.topology import OneServer
+from aionpredis.wire.shard import Shard
+from aionpredis.wire.topology import OneServer, Topology
 
 if TYPE_CHECKING:
     from aionpredis.policy import Policy
@@ -72,9 +76,9 @@ MAX_INFLIGHT = 64 << 20
 
 
 class Client:
-    """A connection to one server, to be used with ``async with``; made by :func:`connect`.
+    """Connections to a server or to a cluster, to be used with ``async with``; made by :func:`connect`.
 
-    Any number of tasks of one event loop may use it at once: their requests share one connection and overlap.
+    Any number of tasks of one event loop may use it at once: their requests share a connection to each server and overlap.
     Cancelling a call is always safe: nothing is written into ``out=`` afterwards, and no other caller is disturbed.
     """
 
@@ -106,8 +110,7 @@ class Client:
         # An URL's mistakes show at once, not when it is first used.
         self._dialer = None if url is None else Dialer(url, **self._settings)
         self._embedded: Server | None = None
-        self._topology: OneServer | None = None
-        self._spare: list[Connection] = []
+        self._topology: Topology | None = None
         self._last_loaded = b"", 0  # header and payload bytes of an array that mget() loaded
 
     @property
@@ -129,25 +132,25 @@ class Client:
                 await anyio.to_thread.run_sync(self._embedded.start)
                 self._dialer = Dialer(self._embedded.url, **self._settings)
             self.faults.place = self.url
-            self._topology = OneServer(self._dialer, self.counters)
-            await self._topology.connection()
+            if isinstance(self._dialer, ClusterDialer):
+                self._topology = Cluster(self._dialer, self.counters, self.faults.replaced)
+            else:
+                self._topology = OneServer(Shard(self._dialer, self.counters))
+            await self._topology.open()
         except BaseException:
-            self._topology = None
-            await self._stop_embedded()
+            await self._close()
             raise
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        await self._close()
+
+    async def _close(self) -> None:
         topology, self._topology = self._topology, None
         if topology is not None:
             topology.close()
-        while self._spare:
-            self._spare.pop().close()
-        await self._stop_embedded()
-
-    async def _stop_embedded(self) -> None:
         server, self._embedded = self._embedded, None
         if server is not None:
             self._dialer = None
@@ -172,7 +175,7 @@ class Client:
         name = key_bytes(key)
         options = ttl_options(ttl)
         value = await self.encode_value(encode_array, array, codec, key)
-        await self.send(set_command(name, value, options), key)
+        await self.send(name, set_command(name, value, options))
 
     async def get(self, key: Key, *, out: NDArray[Any] | None = None) -> NDArray[Any] | None:
         """Load an array (command ``GET``); ``None`` if there is no such key.
@@ -194,15 +197,16 @@ class Client:
         return None if value is None else await self._open(codecs.open_array, value, key)
 
     async def _get_into(self, key: Key, out: NDArray[Any]) -> NDArray[Any] | None:
-        command = resp.encode("GET", key_bytes(key))
+        name = key_bytes(key)
+        command = resp.encode("GET", name)
         batch = out[np.newaxis]
         header = _header(batch)
         (row,) = row_views(batch)
-        reply = await self.request(lambda: (command, value_reply(header, row)))
+        reply = await self.request(lambda: (command, value_reply(header, row)), name)
         if reply.matched:
             return out
         found = np.ones(1, np.bool_)
-        await self._place([key], [self._raise(reply.values[0], "GET", key)], batch, found)
+        await self._place([key], [0], [self._raise(reply.values[0], "GET", key)], batch, found)
         return out if found[0] else None
 
     async def mset(
@@ -246,37 +250,57 @@ class Client:
 
     async def _mget_fresh(self, keys: list[Key], names: list[bytes]) -> list[NDArray[Any] | None]:
         """Arrays in memory of their own. They are predicted to look like the last one that was loaded."""
-        arrays: list[NDArray[Any] | None] = []
-        pipeline: Pipeline[tuple[bytes, list[NDArray[np.uint8]]] | None] = Pipeline(self)
+        arrays: list[NDArray[Any] | None] = [None] * len(keys)
+        topology = self.topology
+        joined = topology.joins_keys
+        pipeline: Pipeline[tuple[list[int], bytes, list[NDArray[np.uint8]]]] = Pipeline(self)
         asked = 0
         try:
             while asked < len(names) or len(pipeline):
                 while asked < len(names) and not pipeline.full:
                     header, nbytes = self._last_loaded
                     size = len(header) + nbytes  # 0: nothing is known, so ask for one
-                    chosen = names[asked : asked + (slice_keys(size) if size else 1)]
-                    command = resp.encode_bytes([b"MGET", *chosen])
-                    if size:
-                        memories = [aligned_empty(nbytes) for _ in chosen]
-                        reply_to = partial(values_reply, header, memories)
-                        pipeline.put(partial(_with, command, reply_to), size * len(chosen), (header, memories))
-                    else:
-                        pipeline.put(partial(_with, command, partial(ValueReply, length=1)), SLICE, None)
-                    asked += len(chosen)
-                reply, predicted = await pipeline.next()
-                if reply.matched and predicted is not None:
-                    known = npy.parse_header(memoryview(predicted[0]))
-                    arrays += [npy.over(known, memory) for memory in predicted[1]]
+                    window = slice_keys(size) * len(topology.shards) if size else 1
+                    for numbers in topology.groups([*range(len(names))[asked : asked + window]], names.__getitem__):
+                        chosen = [names[number] for number in numbers]
+                        command = values_command(chosen, joined=joined)
+                        memories = [aligned_empty(nbytes) for _ in chosen] if nbytes else []
+                        if memories:
+                            places = [memory.data for memory in memories]
+                            reply_to = partial(parts_reply, header, (nbytes,), places, joined=joined)
+                        else:
+                            reply_to = partial(ValueReply, length=1 if joined else None)
+                        travels = max(size * len(chosen), 0 if size else SLICE)
+                        pipeline.put(partial(_with, command, reply_to), chosen[0], travels, (numbers, header, memories))
+                    asked += window
+                reply, (numbers, header, memories) = await pipeline.next()
+                if reply.matched:
+                    known = npy.parse_header(memoryview(header))
+                    for number, memory in zip(numbers, memories, strict=True):
+                        arrays[number] = npy.over(known, memory)
                     continue
-                for value in self._raise(reply.values[0], "MGET"):
-                    key = keys[len(arrays)]
-                    arrays.append(None if value is None else await self._open(codecs.open_array, value, key))
-                    if value is not None and codecs.detect(value.data) is codecs.Kind.ARRAY:
-                        parsed = npy.parse_header(value.data)
-                        self._last_loaded = value[: parsed.size].tobytes(), parsed.nbytes
+                for number, value in zip(numbers, self._answers(reply, numbers, keys), strict=True):
+                    if value is not None:
+                        arrays[number] = await self._open(codecs.open_array, value, keys[number])
+                        if codecs.detect(value.data) is codecs.Kind.ARRAY:
+                            parsed = npy.parse_header(value.data)
+                            self._last_loaded = value[: parsed.size].tobytes(), parsed.nbytes
         finally:
             pipeline.abandon()
         return arrays
+
+    def _answers(self, reply: Reply, numbers: Sequence[int], keys: Sequence[Key]) -> list[Any]:
+        """The values of these keys; raises the first error among them."""
+        joined = self.topology.joins_keys
+        if joined:
+            return list(self._raise(reply.values[0], "MGET"))
+        return [
+            # That a key holds no string is no error of MGET.
+            None
+            if isinstance(value, ServerError) and value.code == "WRONGTYPE"
+            else self._raise(value, "GET", keys[number])
+            for number, value in zip(numbers, reply.values, strict=True)
+        ]
 
     async def _mget_into(self, keys: list[Key], names: list[bytes], out: NDArray[Any]) -> NDArray[np.bool_]:
         if not isinstance(out, np.ndarray) or out.ndim < 1 or len(out) != len(names):
@@ -288,9 +312,8 @@ class Client:
         header = _header(out)
         rows = row_views(out)
 
-        async def place(start: int, values: Any) -> None:
-            values = self._raise(values, "MGET")
-            await self._place(keys[start : start + len(values)], values, out[start:], found[start:])
+        async def place(numbers: Sequence[int], values: list[Any]) -> None:
+            await self._place(keys, numbers, values, out, found)
 
         await self.receive_parts(names, header, (len(rows[0]),), rows, place)
         return found
@@ -301,35 +324,47 @@ class Client:
         header: bytes,
         sizes: tuple[int, ...],
         places: Sequence[memoryview],
-        other: Callable[[int, Any], Awaitable[None]],
+        other: Callable[[Sequence[int], list[Any]], Awaitable[None]],
     ) -> None:
         """``MGET``, in slices that are in flight together: what follows ``header`` in the value of ``keys[i]`` goes straight
         to the i-th ``len(sizes)`` of ``places``. For the modules built on the client.
 
-        ``other(start, values)`` gets a slice whose values were not all so, from ``keys[start]`` on, or the error instead.
+        ``other(numbers, values)`` gets the values of a slice that were not all so, and whose they are.
         """
         count = len(sizes)
         size = len(header) + sum(sizes)
-        step = slice_keys(size)
-        pipeline: Pipeline[int] = Pipeline(self)
+        topology = self.topology
+        joined = topology.joins_keys
+        window = slice_keys(size) * len(topology.shards)
+        pipeline: Pipeline[list[int]] = Pipeline(self)
         asked = 0
         try:
             while asked < len(keys) or len(pipeline):
                 while asked < len(keys) and not pipeline.full:
-                    chosen = keys[asked : asked + step]
-                    command = resp.encode_bytes([b"MGET", *chosen])
-                    reply_to = partial(parts_reply, header, sizes, places[asked * count : (asked + step) * count])
-                    pipeline.put(partial(_with, command, reply_to), len(chosen) * size, asked)
-                    asked += step
-                reply, start = await pipeline.next()
+                    for numbers in topology.groups([*range(len(keys))[asked : asked + window]], keys.__getitem__):
+                        chosen = [keys[number] for number in numbers]
+                        command = values_command(chosen, joined=joined)
+                        parts = [part for number in numbers for part in places[number * count : (number + 1) * count]]
+                        reply_to = partial(parts_reply, header, sizes, parts, joined=joined)
+                        pipeline.put(partial(_with, command, reply_to), chosen[0], len(chosen) * size, numbers)
+                    asked += window
+                reply, numbers = await pipeline.next()
                 if not reply.matched:
-                    await other(start, reply.values[0])
+                    await other(numbers, self._answers(reply, numbers, keys))
         finally:
             pipeline.abandon()
 
-    async def _place(self, keys: list[Key], values: list[Any], out: NDArray[Any], found: NDArray[np.bool_]) -> None:
+    async def _place(
+        self,
+        keys: list[Key],
+        numbers: Sequence[int],
+        values: list[Any],
+        out: NDArray[Any],
+        found: NDArray[np.bool_],
+    ) -> None:
         """Put values that were not as predicted into their rows: missing, compressed, or in another order of axes."""
-        for index, (key, value) in enumerate(zip(keys, values, strict=True)):
+        for index, value in zip(numbers, values, strict=True):
+            key = keys[index]
             if value is None:
                 found[index] = False
                 # What came for others was received here before this reply turned out to be shorter than predicted.
@@ -355,7 +390,7 @@ class Client:
         name = key_bytes(key)
         options = ttl_options(ttl)
         value = await self.encode_value(encode_record, record, codec, key)
-        await self.send(set_command(name, value, options), key)
+        await self.send(name, set_command(name, value, options))
 
     async def get_record(self, key: Key) -> dict[str, NDArray[Any]] | None:
         """Load a record; ``None`` if there is no such key. Its arrays share one block of memory that is nobody else's.
@@ -374,15 +409,19 @@ class Client:
         Raises:
             OutcomeUnknown: the connection broke meanwhile. The keys may be gone.
         """
-        return int(await self._keys_command("UNLINK", keys))
+        return await self.count_keys("UNLINK", keys)
 
     async def exists(self, *keys: Key) -> int:
         """How many of the keys exist (``EXISTS``)."""
-        return int(await self._keys_command("EXISTS", keys, repeatable=True))
+        return await self.count_keys("EXISTS", keys, repeatable=True)
 
-    async def _keys_command(self, command: str, keys: tuple[Key, ...], *, repeatable: bool = False) -> Any:
+    async def count_keys(self, command: str, keys: Iterable[Key], *, repeatable: bool = False) -> int:
+        """The sum of what a command that takes any number of keys says of these, all shards at once."""
         names = [key_bytes(key) for key in keys]
-        return await self.call(command, *names, repeatable=repeatable) if names else 0
+        if self.topology.joins_keys:
+            return int(await self.call(command, *names, repeatable=repeatable)) if names else 0
+        counts = await self.call_many([(command, name) for name in names], repeatable=repeatable)
+        return sum(int(self._raise(count, command, name)) for count, name in zip(counts, names, strict=True))
 
     async def execute(self, *arguments: str | bytes | int | float | Buffer) -> Any:
         """Any other command, its arguments one by one: ``await client.execute("INCRBY", "steps", 64)``.
@@ -395,29 +434,64 @@ class Client:
             OutcomeUnknown: the connection broke after the command was sent. It is not repeated.
         """
         check_shared(arguments)
-        return await self.call(*arguments)
+        key = key_of(arguments)
+        if key is None and not self.topology.joins_keys:
+            key = await self._key_in(arguments)
+        return await self.call(*arguments, key=key_bytes(key or b""))
 
-    async def send(self, command: Sequence[Buffer], key: Key | None = None) -> None:
-        """An encoded SET."""
-        reply = await self.request(lambda: (command, ok_reply()))
+    async def _key_in(self, arguments: Sequence[Any]) -> bytes:
+        """The first key of any command: the server knows."""
+        try:
+            keys: list[bytes] = await self.call("COMMAND", "GETKEYS", *arguments, repeatable=True)
+        except ServerError:  # it has none; or is wrong, and will be told so
+            return b""
+        return keys[0]
+
+    async def send(self, key: bytes, command: Sequence[Buffer]) -> None:
+        """An encoded SET of the key."""
+        reply = await self.request(lambda: (command, ok_reply()), key)
         if not reply.matched:
             self._raise(reply.values[0], "SET", key)
 
-    async def call(self, *arguments: Any, repeatable: bool = False) -> Any:
-        """:meth:`execute` unchecked; ``repeatable``: running it twice is harmless, so it survives a broken connection."""
-        reply = await self.request(lambda: (resp.encode(*arguments), Reply()), repeatable=repeatable)
+    async def call(self, *arguments: Any, repeatable: bool = False, key: bytes | None = None) -> Any:
+        """:meth:`execute` unchecked; ``repeatable``: running it twice is harmless, so it survives a broken connection.
+
+        ``key``: instead of the command's own.
+        """
+        if key is None:
+            key = key_bytes(key_of(arguments) or b"")
+        reply = await self.request(lambda: (resp.encode(*arguments), Reply()), key, repeatable=repeatable)
         return self._raise(reply.values[0], *arguments)
 
     async def call_many(self, commands: Sequence[Sequence[Any]], *, repeatable: bool = False) -> list[Any]:
-        """Several commands in one pipeline; their replies in order, :class:`ServerError` instances among them."""
-        if not commands:
-            return []
-        buffers = [buffer for command in commands for buffer in resp.encode(*command)]
-        reply = await self.request(lambda: (buffers, Reply(len(commands))), repeatable=repeatable)
-        for value, command in zip(reply.values, commands, strict=True):
-            if isinstance(value, ServerError):
-                refused(value, command)
-        return reply.values
+        """Several commands, those of a shard as one request, those of all shards at once; their replies in the order of the
+        commands, :class:`ServerError` instances among them.
+        """
+        keys = [key_bytes(key_of(command) or b"") for command in commands]
+        replies: list[Any] = [None] * len(commands)
+        failures: list[AionpredisError] = []
+
+        async def ask(numbers: list[int]) -> None:
+            buffers = [buffer for number in numbers for buffer in resp.encode(*commands[number])]
+            try:
+                reply = await self.request(
+                    lambda: (buffers, Reply(len(numbers))), keys[numbers[0]], repeatable=repeatable
+                )
+            except AionpredisError as error:
+                failures.append(error)
+                return
+            for number, value in zip(numbers, reply.values, strict=True):
+                replies[number] = refused(value, commands[number]) if isinstance(value, ServerError) else value
+
+        groups = self.topology.groups([*range(len(commands))], keys.__getitem__) if commands else []
+        async with anyio.create_task_group() as tasks:
+            for group in groups[1:]:
+                tasks.start_soon(ask, group)
+            for group in groups[:1]:
+                await ask(group)
+        if failures:
+            raise failures[0]
+        return replies
 
     def stats(self) -> Stats:
         """What this client has done so far, and its writers, actors and readers with it."""
@@ -452,23 +526,28 @@ class Client:
 
     # --- how it is done --------------------------------------------------------------------------------------------------
 
-    async def connection(self) -> Connection:
-        """The shared data connection, for the modules built on the client."""
-        topology = self._topology
-        if topology is None:
+    @property
+    def topology(self) -> Topology:
+        """Which server has which key, for the modules built on the client."""
+        if self._topology is None:
             raise UsageError("the client is not open: use it inside of `async with aionpredis.connect(…) as client:`")
-        connection = topology.live_connection
+        return self._topology
+
+    async def connection(self, key: bytes = b"") -> Connection:
+        """The shared data connection to who has the key, for the modules built on the client."""
+        topology = self.topology
+        shard = topology.shard(key)
+        connection = shard.live_connection
         if connection is None:
-            if topology.lost is not None:
-                self.faults.begins(LOST, topology.lost)
-            connection = await topology.connection()
+            if shard.lost is not None:
+                self.faults.begins(LOST, shard.lost)
+            connection = await (await topology.reach(key)).connection()
             self.faults.ends(LOST)
         return connection
 
-    @property
-    def live_connection(self) -> Connection | None:
-        """The shared data connection, if there is one that works."""
-        return None if self._topology is None else self._topology.live_connection
+    def live_connection(self, key: bytes = b"") -> Connection | None:
+        """That connection, if there is one that works."""
+        return None if self._topology is None else self._topology.shard(key).live_connection
 
     @property
     def block_seconds(self) -> float:
@@ -476,31 +555,28 @@ class Client:
         return min(5.0, float(self._settings["timeout"]) / 2)
 
     @asynccontextmanager
-    async def blocking(self) -> AsyncIterator[Connection]:
-        """A connection of one's own, for a command that blocks or spans several requests; kept for the next if still good."""
-        if self._dialer is None or self._topology is None:
-            raise UsageError("the client is not open")
-        connection = self._spare.pop() if self._spare else await self._dialer.dial()
-        good = False
-        try:
+    async def blocking(self, key: bytes = b"") -> AsyncIterator[Connection]:
+        """A connection of one's own to who has the key: see :meth:`Shard.own`."""
+        shard = await self.topology.reach(key)
+        async with shard.own() as connection:
             yield connection
-            good = True
-        finally:
-            if good and self._topology is not None and connection.lost is None:
-                self._spare.append(connection)
-            else:
-                connection.close()
 
-    async def request(self, make: Callable[[], tuple[Sequence[Buffer], Reply]], *, repeatable: bool = True) -> Reply:
-        """Send what ``make`` makes and wait for its reply; again, after a fault that may pass, if that is harmless."""
+    async def request(
+        self, make: Callable[[], tuple[Sequence[Buffer], Reply]], key: bytes, *, repeatable: bool = True
+    ) -> Reply:
+        """Send what ``make`` makes to who has the key, and wait for its reply; again, after a fault that may pass, if that is
+        harmless. All keys in it are on the shard of that one, as far as known.
+        """
         retry: Retry | None = None
         while True:
             buffers, reply = make()
             try:
-                connection = await self.connection()
+                connection = await self.connection(key)
                 if not repeatable:
                     connection.check()  # once it is sent, a broken connection leaves the outcome unknown
                 await connection.wait(connection.submit(buffers, reply), eager=True)
+                if reply.redirected:
+                    await self.topology.follow(buffers, reply)
             except (ConnectionLost, ConnectError) as error:
                 if reply.sent and not repeatable:
                     self.faults.meets(error)
@@ -522,8 +598,9 @@ class Client:
 
     async def get_value(self, key: Key) -> NDArray[np.uint8] | None:
         """The bytes stored under a key, in aligned memory."""
-        command = resp.encode("GET", key_bytes(key))
-        reply = await self.request(lambda: (command, ValueReply()))
+        name = key_bytes(key)
+        command = resp.encode("GET", name)
+        reply = await self.request(lambda: (command, ValueReply()), name)
         value: NDArray[np.uint8] | None = self._raise(reply.values[0], "GET", key)
         return value
 

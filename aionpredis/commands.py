@@ -7,7 +7,7 @@ from typing import Any
 
 from aionpredis.errors import ServerError, UsageError
 
-__all__ = ["check_shared", "refused"]
+__all__ = ["check_shared", "key_of", "refused"]
 
 _STATE = "it would change the connection that all tasks of this client share"
 _PUSH = "the replies that it starts would be taken for those of other tasks"
@@ -70,27 +70,43 @@ def check_shared(arguments: Sequence[Any]) -> None:
 
 
 _KEY_FIRST = {
-    *("EXISTS", "GET", "HSET", "HVALS", "PERSIST", "SET", "UNLINK", "WATCH"),
-    *("XACK", "XADD", "XAUTOCLAIM", "XDEL", "XPENDING", "XRANGE", "XREVRANGE", "XTRIM"),
+    *("DEL", "EXISTS", "EXPIRE", "GET", "GETRANGE", "MGET", "PERSIST", "PEXPIRE", "PTTL", "SET", "SETRANGE", "STRLEN"),
+    *("TTL", "TYPE", "UNLINK", "WATCH", "DECR", "DECRBY", "INCR", "INCRBY", "INCRBYFLOAT"),
+    *("HDEL", "HGET", "HGETALL", "HINCRBY", "HMGET", "HSET", "HVALS", "LLEN", "LPOP", "LPUSH", "LRANGE", "LTRIM"),
+    *("RPOP", "RPUSH", "SADD", "SCARD", "SISMEMBER", "SMEMBERS", "SREM", "ZADD", "ZCARD", "ZRANGE", "ZREM", "ZSCORE"),
+    *("XACK", "XADD", "XAUTOCLAIM", "XDEL", "XLEN", "XPENDING", "XRANGE", "XREVRANGE", "XTRIM"),
 }
-_KEY_SECOND = {"XGROUP", "XINFO"}
+"""Commands whose first argument is a key; of those that have further ones, all must be on the same shard."""
+
+_KEY_SECOND = {"MEMORY", "OBJECT", "XGROUP", "XINFO"}
+"""Commands with a subcommand, behind which stands a key."""
+
+_KEYLESS = {"CLUSTER", "COMMAND", "CONFIG", "DBSIZE", "FLUSHALL", "FLUSHDB", "INFO", "PING", "SCAN", "TIME"}
 
 
-def refused(error: ServerError, arguments: Sequence[Any]) -> ServerError:
-    """The error, with the name of the command that the server refused, and the first key of those that this package sends.
-
-    No other argument: it may be a secret.
-    """
-    error.command = name = _word(arguments[0])
+def key_of(arguments: Sequence[Any]) -> str | bytes | None:
+    """The first key of a command, if it is one of those that are known here; empty: it has none."""
+    name = _word(arguments[0])
     key: Any = None
     if name in _KEY_FIRST and len(arguments) > 1:
         key = arguments[1]
     elif name in _KEY_SECOND and len(arguments) > 2:
-        error.command, key = f"{name} {_word(arguments[1])}", arguments[2]
+        key = arguments[2]
     elif name in ("XREAD", "XREADGROUP") and "STREAMS" in arguments[:-1]:
         key = arguments[arguments.index("STREAMS") + 1]
-    if isinstance(key, str | bytes):
-        error.key = key
+    elif name in _KEYLESS:
+        key = b""
+    return key if isinstance(key, str | bytes) else None
+
+
+def refused(error: ServerError, arguments: Sequence[Any]) -> ServerError:
+    """The error, with the name of the command that the server refused, and its first key, where known.
+
+    No other argument: it may be a secret.
+    """
+    name = _word(arguments[0])
+    error.command = f"{name} {_word(arguments[1])}" if name in _KEY_SECOND and len(arguments) > 2 else name
+    error.key = key_of(arguments) or error.key
     return error
 
 

@@ -17,6 +17,7 @@
     │   ├── ProtocolError      the peer does not speak RESP2
     │   └── OutcomeUnknown     the command was sent; whether it ran is not known
     ├── ServerError            the server answered with an error
+    │   ├── Redirected         … because another server of its cluster has the key (MOVED, ASK)
     │   ├── ServerFull         … because its ``maxmemory`` is reached (OOM)
     │   └── ServerUnavailable  … because it cannot yet, or not any more (LOADING, READONLY, …)
     ├── WriteFailed            a writer's items that were not stored, with their keys
@@ -46,6 +47,7 @@ __all__ = [
     "OutMismatch",
     "OutcomeUnknown",
     "ProtocolError",
+    "Redirected",
     "ReplayError",
     "ReplayGone",
     "RunConflict",
@@ -138,6 +140,9 @@ class ServerError(AionpredisError):
 
     HINTS: ClassVar[dict[str, str]] = {
         "MISCONF": "the server cannot write to its disk, and refuses writes until it can: make room there; its log says more",
+        "MOVED": "the server is one of a cluster: connect with redis+cluster://host:port",
+        "ASK": "the server is one of a cluster: connect with redis+cluster://host:port",
+        "CROSSSLOT": "in a cluster all keys of one command must have the same slot: give them a {common} part",
     }
 
     def __init__(self, message: str, *, command: str | None = None, key: str | bytes | None = None) -> None:
@@ -161,6 +166,28 @@ class ServerError(AionpredisError):
             message += f": {self.HINTS[self.code]}"
         about = [part for part in (self.command, self.key and f"key {self.key!r}") if part]
         return f"{message} [{', '.join(about)}]" if about else message
+
+
+class Redirected(ServerError):
+    """Another server of the cluster serves the key's slot (MOVED), or the key while its slot moves there (ASK).
+
+    A client of a cluster follows it; so it is raised only by one that was connected to a single server.
+    """
+
+    @property
+    def asks(self) -> bool:
+        """Whether only this command goes there; else the slot has moved."""
+        return self.code == "ASK"
+
+    @property
+    def slot(self) -> int:
+        return int(self.args[0].split()[1])
+
+    @property
+    def address(self) -> tuple[str, int]:
+        """Host and port; the host is empty if it is that of the server that says so."""
+        host, _, port = self.args[0].split()[2].rpartition(":")
+        return host, int(port)
 
 
 class ServerFull(ServerError):

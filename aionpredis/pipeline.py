@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 import anyio
 
 from aionpredis.errors import ConnectError, ConnectionLost, ServerUnavailable
+from aionpredis.requests import SLICE
 from aionpredis.retry import Retry
 from aionpredis.wire.resp import Buffer, Reply
 
 if TYPE_CHECKING:
     from aionpredis.client import Client
     from aionpredis.wire.connection import Connection
+    from aionpredis.wire.topology import Topology
 
-__all__ = ["Pipeline"]
+__all__ = ["Pipeline", "slices"]
 
 T = TypeVar("T")
 
@@ -24,24 +26,47 @@ MAX_REQUESTS = 64
 """Requests in flight of one caller, however short their replies. More brought nothing, and each is looked at for each."""
 
 
-class _Entry(Generic[T]):
-    __slots__ = ("connection", "make", "reply", "size", "tag")
+def slices(
+    topology: Topology, items: Iterable[T], key: Callable[[T], bytes], size: Callable[[T], int], most: int
+) -> Iterator[list[T]]:
+    """What goes into one request together: items of one shard, ``SLICE`` bytes and ``most`` items at most, on average."""
+    shards = len(topology.shards)
+    window: list[T] = []
+    room = SLICE * shards
+    for item in items:
+        window.append(item)
+        room -= size(item)
+        if room < size(item) or len(window) == most * shards:  # most likely the next one is as long
+            yield from topology.groups(window, key)
+            window, room = [], SLICE * shards
+    if window:
+        yield from topology.groups(window, key)
 
-    def __init__(self, make: Callable[[], tuple[Sequence[Buffer], Reply]], size: int, tag: T) -> None:
+
+class _Entry(Generic[T]):
+    __slots__ = ("buffers", "connection", "key", "make", "reply", "size", "tag")
+
+    def __init__(self, make: Callable[[], tuple[Sequence[Buffer], Reply]], key: bytes, size: int, tag: T) -> None:
         self.make = make
+        self.key = key
         self.size = size
         self.tag = tag
+        self.buffers: Sequence[Buffer] = ()
         self.reply: Reply | None = None
         self.connection: Connection | None = None
 
+    @property
+    def travels(self) -> bool:
+        return self.reply is not None and self.reply.error is None
+
     def submit(self, connection: Connection) -> None:
-        buffers, reply = self.make()
-        self.reply = connection.submit(buffers, reply)
+        self.buffers, reply = self.make()
+        self.reply = connection.submit(self.buffers, reply)
         self.connection = connection
 
 
 class Pipeline(Generic[T]):
-    """Keeps requests in flight up to the connection's ``reply_window``.
+    """Keeps requests in flight, up to the ``reply_window`` of a connection for each shard there is.
 
     The requests must be repeatable: they are made and sent again when the connection broke, when the server refused them for
     a reason that may pass, and when a cancelled :meth:`next` is called again. No task and nothing to close belongs to it.
@@ -62,18 +87,21 @@ class Pipeline(Generic[T]):
     @property
     def full(self) -> bool:
         """Whether enough is in flight. One request may always be, whatever its size."""
-        if len(self._entries) >= MAX_REQUESTS:
+        if not self._entries:
+            return False
+        shards = len(self._client.topology.shards)
+        if len(self._entries) >= MAX_REQUESTS * shards:
             return True
-        connection = self._client.live_connection
-        return bool(self._entries) and (connection is None or self._window >= connection.reply_window)
+        connection = self._entries[-1].connection
+        return connection is None or self._window >= connection.reply_window * shards
 
-    def put(self, make: Callable[[], tuple[Sequence[Buffer], Reply]], size: int, tag: T) -> None:
-        """Send the request that ``make`` makes; ``size``: bytes of its reply, as far as known."""
-        entry = _Entry(make, size, tag)
+    def put(self, make: Callable[[], tuple[Sequence[Buffer], Reply]], key: bytes, size: int, tag: T) -> None:
+        """Send the request that ``make`` makes to who has the key; ``size``: bytes of its reply, as far as known."""
+        entry = _Entry(make, key, size, tag)
         self._entries.append(entry)
         self._window += size
         self._client.counters.inflight_bytes += size
-        connection = self._client.live_connection
+        connection = self._client.live_connection(key)
         if connection is not None:  # else next() submits it
             entry.submit(connection)
 
@@ -87,13 +115,14 @@ class Pipeline(Generic[T]):
         oldest = self._entries[0]
         while True:
             try:
-                connection = await self._client.connection()
                 for entry in self._entries:
-                    if entry.reply is None or entry.reply.error is not None:
-                        entry.submit(connection)
+                    if not entry.travels:
+                        entry.submit(await self._client.connection(entry.key))
                 assert oldest.reply is not None
                 assert oldest.connection is not None
                 await oldest.connection.wait(oldest.reply)
+                if oldest.reply.redirected:
+                    await self._client.topology.follow(oldest.buffers, oldest.reply)
                 refusal = oldest.reply.refusal
                 if refusal is None:
                     if retry is not None:

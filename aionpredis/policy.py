@@ -161,24 +161,26 @@ class Policy:
             keys = parse_announcement(self.name, version, fields).keys
             for index, (key, part) in enumerate(zip(keys, parts, strict=True)):
                 value = await client.encode_value(encode_record, part, None, self.name)
-                await client.send(set_command(key.encode(), value, ttl_options(lease * (len(keys) - index))), key)
+                name = key.encode()
+                await client.send(name, set_command(name, value, ttl_options(lease * (len(keys) - index))))
             if await streams.claim(client, self._stream, version, fields, make=True):
                 if await self._persist(keys):
                     break
                 lease *= 2  # it ran out: they become the next version
             # What is left of them; or another publisher took this number.
-            await client.call("UNLINK", *keys, repeatable=True)
+            await client.count_keys("UNLINK", keys, repeatable=True)
         await self._forget(version - self._keep)
         return version
 
     async def _persist(self, keys: list[str]) -> bool:
         """Let these live for ever; whether all of them do."""
-        commands = [*(("PERSIST", key) for key in keys), ("EXISTS", *keys)]  # a repeated PERSIST says 0, too
+        # a repeated PERSIST says 0, too
+        commands = [(command, key) for command in ("PERSIST", "EXISTS") for key in keys]
         replies = await self._client.call_many(commands, repeatable=True)
         for reply in replies:
             if isinstance(reply, ServerError):
                 raise reply
-        return bool(replies[-1] == len(keys))
+        return all(replies[len(keys) :])
 
     async def _forget(self, version: int) -> None:
         """Delete this version and the older ones: the weights first, so that a crash leaves nothing unnamed."""
@@ -187,7 +189,7 @@ class Policy:
         old = await streams.page(self._client, self._stream, "-", f"{version}-0")
         if old:
             if keys := self._keys(old):
-                await self._client.call("UNLINK", *keys, repeatable=True)
+                await self._client.count_keys("UNLINK", keys, repeatable=True)
             await self._client.call("XTRIM", self._stream, "MINID", f"{version + 1}-0", repeatable=True)
 
     async def latest(self) -> PolicyVersion | None:
@@ -267,7 +269,7 @@ class Policy:
     async def delete(self) -> None:
         """Delete all versions. Who publishes afterwards begins with version 1 again."""
         versions = await streams.page(self._client, self._stream, "-", "+")
-        await self._client.call("UNLINK", *self._keys(versions), self._stream, repeatable=True)
+        await self._client.count_keys("UNLINK", [*self._keys(versions), self._stream], repeatable=True)
 
     def watch(self, after: int = 0) -> PolicyWatch:
         """``async for version, weights in policy.watch():`` each time the newest version to date, as it appears.

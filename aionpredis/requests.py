@@ -14,7 +14,7 @@ from aionpredis.codecs import Codec
 from aionpredis.errors import EncodeError, ServerError, UsageError
 from aionpredis.formats import npy, safetensors
 from aionpredis.memory import aligned_empty
-from aionpredis.wire.resp import Blob, Buffer, Pattern, Reply, Template, encode, encode_set
+from aionpredis.wire.resp import Blob, Buffer, Pattern, Reply, Template, encode, encode_bytes, encode_set
 
 __all__ = [
     "MAX_VALUE",
@@ -29,13 +29,12 @@ __all__ = [
     "ok_reply",
     "parts_reply",
     "row_views",
-    "rows_reply",
     "set_array",
     "set_command",
     "slice_keys",
     "ttl_options",
     "value_reply",
-    "values_reply",
+    "values_command",
 ]
 
 Key = str | bytes
@@ -233,9 +232,9 @@ def _value(header: bytes, size: int) -> Pattern:
 
 
 @lru_cache(64)
-def _values(header: bytes, sizes: tuple[int, ...], count: int) -> Pattern:
+def _values(header: bytes, sizes: tuple[int, ...], count: int, begin: bytes) -> Pattern:
     head = b"$%d\r\n%b" % (len(header) + sum(sizes), header)
-    items: list[bytes | int] = [b"*%d\r\n%b" % (count, head), *sizes]
+    items: list[bytes | int] = [begin + head, *sizes]
     for _ in range(count - 1):
         items += (b"\r\n" + head, *sizes)
     return Pattern([*items, b"\r\n"])
@@ -246,20 +245,18 @@ def value_reply(header: bytes, memory: memoryview) -> ValueReply:
     return ValueReply(1, Template(_value(header, len(memory)), (memory,)))
 
 
-def rows_reply(header: bytes, rows: Sequence[memoryview]) -> ValueReply:
-    """What MGET answers when every value is ``header`` and as many bytes as a row has; they go straight into ``rows``."""
-    return parts_reply(header, (len(rows[0]),), rows)
+def values_command(keys: Sequence[bytes], *, joined: bool) -> list[Buffer]:
+    """The values of these keys: by one MGET if ``joined``, by a GET for each where one command must not name several."""
+    return encode_bytes([b"MGET", *keys]) if joined else [b"".join(map(get_command, keys))]
 
 
-def parts_reply(header: bytes, sizes: tuple[int, ...], places: Sequence[memoryview]) -> ValueReply:
-    """Like :func:`rows_reply`, but what follows each ``header`` goes to several places of these ``sizes``, none of them 0."""
+def parts_reply(header: bytes, sizes: tuple[int, ...], places: Sequence[memoryview], *, joined: bool) -> ValueReply:
+    """What :func:`values_command` is answered when every value is ``header`` and as many bytes as ``sizes`` say; these go
+    straight to ``places``, as many for each value. None of them is 0.
+    """
     count = len(places) // len(sizes)
-    return ValueReply(1, Template(_values(header, sizes, count), places), length=count)
-
-
-def values_reply(header: bytes, memories: Sequence[NDArray[np.uint8]]) -> ValueReply:
-    """Like :func:`rows_reply`, into memory that belongs to nobody yet."""
-    return rows_reply(header, [memory.data for memory in memories])
+    template = Template(_values(header, sizes, count, b"*%d\r\n" % count if joined else b""), places)
+    return ValueReply(1, template, length=count) if joined else ValueReply(count, template)
 
 
 def row_views(batch: NDArray[Any]) -> list[memoryview]:

@@ -77,6 +77,10 @@ class Faults:
         """Grows when the server may have become another one, or may have lost data: a failover can undo what was read."""
         return self._met + self.counters.reconnects
 
+    def replaced(self) -> None:
+        """Another server has taken the place of one that this client used."""
+        self._met += 1
+
     def meets(self, error: AionpredisError) -> str:
         """Count an error; of which kind of fault it is."""
         is_answer = isinstance(error, ServerError)

@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import anyio
 
 from aionpredis.commands import refused
-from aionpredis.errors import AionpredisError, ConnectError, ConnectionLost, ServerError, ServerUnavailable
+from aionpredis.errors import (
+    AionpredisError,
+    ConnectError,
+    ConnectionLost,
+    Redirected,
+    ServerError,
+    ServerUnavailable,
+)
 from aionpredis.retry import Retry
 from aionpredis.wire import resp
 from aionpredis.wire.resp import Reply
@@ -93,17 +100,23 @@ async def read_blocking(client: Client, stream: str, after: tuple[int, int], cou
         command = ("XREAD", "COUNT", count, "BLOCK", milliseconds, "STREAMS", stream, f"{after[0]}-{after[1]}")
         return (await ask(connection, command))[0]
 
-    found = await alone(client, read)
+    found = await alone(client, stream, read)
     return [] if found is None else list(_parse(found[0][1]))
 
 
-async def alone(client: Client, work: Callable[[Connection], Awaitable[T]]) -> T:
-    """``work`` on a connection of its own; repeated, so it must be repeatable, if that breaks: it may have lain idle."""
+async def alone(client: Client, stream: str, work: Callable[[Connection], Awaitable[T]]) -> T:
+    """``work`` on a connection of its own to who has the stream; repeated, so it must be repeatable, if that breaks: it may
+    have lain idle.
+    """
     retry: Retry | None = None
     while True:
         try:
-            async with client.blocking() as connection:
+            async with client.blocking(stream.encode()) as connection:
                 result = await work(connection)
+        except Redirected as error:
+            await client.topology.learn(error)
+            retry = retry or Retry(client.faults)
+            pause = retry.after(error) if error.asks else 0.0  # while its slot moves: until that is done
         except (ConnectionLost, ConnectError, ServerUnavailable) as error:
             retry = retry or Retry(client.faults)
             pause = retry.after(error)

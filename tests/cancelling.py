@@ -797,7 +797,7 @@ async def trouble(
                 await stack.aclose()
                 with anyio.fail_after(30):
                     await world.finish(other)
-                assert len(client._spare) <= 3 * WORKERS
+                assert len(client.topology.shard(b"")._spare) <= 3 * WORKERS
         assert unnamed_without_ttl(stock) == set()
         until(lambda: open_things(stock) <= before, f"{before} connections and files are open, and no more")
     except BaseException as error:

@@ -325,7 +325,7 @@ MUTATIONS = [
     ),
     Mutation(
         "wire: a connection of one's own is kept after a cancellation",
-        [("client.py", "if good and self._topology", "if self._topology")],
+        [("wire/shard.py", "if good and not self._closed", "if not self._closed")],
         CANCELLATION_TESTS,
     ),
     Mutation(

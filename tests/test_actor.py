@@ -345,7 +345,7 @@ async def test_a_renewal_that_arrives_late_does_not_let_acknowledged_data_expire
                 time.sleep(0.25)  # noqa: ASYNC251  # this host stands still
                 first.stalled = True
                 await anyio.sleep(0.01)
-                connection = client.live_connection
+                connection = client.live_connection()
                 assert connection is not None
                 connection.abort(aionpredis.ConnectionLost("no answer"))
                 await actor.flush()

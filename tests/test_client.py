@@ -702,7 +702,7 @@ async def test_cancelled_pipeline_step_can_be_taken_again(proxy: Proxy) -> None:
         pipeline: Pipeline[int] = Pipeline(client)
         proxy.stalled = True
         for i in range(9):
-            pipeline.put(lambda i=i: (encode("GET", str(i)), ValueReply()), 200, i)  # type: ignore[misc]
+            pipeline.put(lambda i=i: (encode("GET", str(i)), ValueReply()), b"", 200, i)  # type: ignore[misc]
         for _ in range(2):
             with anyio.move_on_after(0.02) as scope:
                 await pipeline.next()
@@ -718,18 +718,18 @@ async def test_cancelled_pipeline_step_can_be_taken_again(proxy: Proxy) -> None:
 
 async def test_pipeline_asks_for_a_bounded_number_of_bytes(url: str) -> None:
     async with aionpredis.connect(url) as client:
-        connection = client.live_connection
+        connection = client.live_connection()
         assert connection is not None
         size = connection.reply_window // 5 + 1
         pipeline: Pipeline[None] = Pipeline(client)
         for _ in range(2):
             while not pipeline.full:
-                pipeline.put(lambda: (encode("GET", "k"), ValueReply()), size, None)
+                pipeline.put(lambda: (encode("GET", "k"), ValueReply()), b"", size, None)
             assert len(pipeline) == 5
             await pipeline.next()
             assert not pipeline.full
         pipeline.abandon()
-        pipeline.put(lambda: (encode("GET", "k"), ValueReply()), 100 * size, None)
+        pipeline.put(lambda: (encode("GET", "k"), ValueReply()), b"", 100 * size, None)
         assert pipeline.full
         await pipeline.next()
 
@@ -738,7 +738,7 @@ async def test_pipeline_asks_for_a_bounded_number_of_replies(url: str) -> None:
     async with aionpredis.connect(url) as client:
         pipeline: Pipeline[None] = Pipeline(client)
         while not pipeline.full:
-            pipeline.put(lambda: (encode("PING"), Reply()), 1, None)
+            pipeline.put(lambda: (encode("PING"), Reply()), b"", 1, None)
         assert len(pipeline) <= 100
         keys = [f"missing{i}" for i in range(30_000)]
         with anyio.fail_after(10):

@@ -17,10 +17,11 @@ import pytest
 
 import aionpredis
 from aionpredis.errors import ConnectionLost, OutcomeUnknown, ProtocolError, Stalled
-from aionpredis.requests import ValueReply, row_views, rows_reply
+from aionpredis.requests import ValueReply, row_views
 from aionpredis.wire.connection import DEEP, MAX_SNAPSHOT, Connection
 from aionpredis.wire.resp import MAX_BULK, Blob, Buffer, Reply, encode
 from aionpredis.wire.socket import PlainSocket, wrap
+from tests.predictions import rows_reply
 
 from .proxy import Ending, Faults, Proxy, scripted
 from .strategies import equal
@@ -591,7 +592,7 @@ async def test_other_tasks_have_their_turn_after_every_megabyte_in_either_direct
 async def test_request_of_many_parts_is_sent_whole(url: str) -> None:
     parts = [bytes([i % 256]) * (1024 + i) for i in range(500)]
     async with aionpredis.connect(url) as client:
-        await client.send(encode("SET", "k", Blob(parts)))
+        await client.send(b"k", encode("SET", "k", Blob(parts)))
         assert await client.execute("GET", "k") == b"".join(parts)
 
 

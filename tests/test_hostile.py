@@ -315,7 +315,7 @@ async def undisturbed(client: Client) -> AsyncIterator[None]:
         tasks.start_soon(read)
         yield
         tasks.start_soon(read)
-    assert client.live_connection is connection
+    assert client.live_connection() is connection
 
 
 async def test_value_of_another_kind_is_an_error_with_its_key_for_every_call(url: str, stock: redis.Redis) -> None:

@@ -578,7 +578,7 @@ class Machine(RuleBasedStateMachine):
     async def _crash(self, simulator: Simulator, abort: bool) -> None:
         self.simulators.remove(simulator)
         self.buried.append(simulator)
-        connection = simulator.client.live_connection
+        connection = simulator.client.live_connection()
         if abort and connection is not None:
             connection.abort(ConnectionLost("crashed"))
         simulator.task.cancel()

@@ -19,13 +19,13 @@ from aionpredis.requests import (
     encode_array,
     ok_reply,
     row_views,
-    rows_reply,
     set_command,
     ttl_options,
     value_reply,
 )
 from aionpredis.wire import resp
 from aionpredis.wire.resp import Blob, Parser, Pattern, Reply, Template, encode, encode_set
+from tests.predictions import rows_reply
 
 # --- a naive reference -----------------------------------------------------------------------------------------------
 

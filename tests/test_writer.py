@@ -226,7 +226,7 @@ async def test_connection_cut_in_the_middle_loses_nothing(proxy: Proxy, copy: bo
 
 async def test_the_last_put_of_a_key_wins_though_the_connection_breaks_between_two_of_them(proxy: Proxy) -> None:
     async with aionpredis.connect(proxy.url) as client:
-        connection = client.live_connection
+        connection = client.live_connection()
         assert connection is not None
         async with client.writer() as writer:
             proxy.stalled = True
@@ -323,7 +323,7 @@ async def test_cancelled_block_whose_batch_is_half_sent_leaves_the_others_reques
 ) -> None:
     array = np.ones(100_000, np.uint8)
     async with aionpredis.connect(proxy.url) as client:
-        connection = client.live_connection
+        connection = client.live_connection()
         assert connection is not None
         connection._sock.raw.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 100_000)
         proxy.stalled = True

@@ -184,7 +184,7 @@ class Committer:
                 await self._to_do.wait()
                 continue
             try:
-                self._connection = connection = self._client.live_connection or await self._client.connection()
+                self._connection = connection = await self._client.connection()
                 if not self._rounds and self.beginning is not None and self.beginning.doubtful:
                     if not await self.beginning.confirm():
                         self.ended = True

@@ -8,22 +8,23 @@ Rows that are the whole chunk come by one ``GET``, which Valkey answers without 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from aionpredis.errors import ServerError
-from aionpredis.pipeline import Pipeline
+from aionpredis.pipeline import Pipeline, slices
 from aionpredis.replay.chunk import open_chunk
 from aionpredis.replay.index import Ids, Index
 from aionpredis.replay.log import Names
 from aionpredis.replay.plan import Plan, make_plan
 from aionpredis.replay.schema import Schema
 from aionpredis.replay.singles import Singles, place
-from aionpredis.requests import SLICE, ValueReply, get_command
+from aionpredis.requests import ValueReply, get_command
 from aionpredis.wire.resp import Buffer, Pattern, Template
 
 if TYPE_CHECKING:
@@ -167,22 +168,12 @@ class _Job:
             parts.append(_Part(command, b"", [memory[target * size : (target + length) * size]]))
         return parts
 
-    def groups(self, runs: list[_Run]) -> Iterator[tuple[list[_Run], int]]:
-        """What goes into one request together, and its bytes."""
-        group: list[_Run] = []
-        total = 0
-        for run in runs:
-            plan = self.plan(run)
-            if not plan.large and (run.is_kept or not run.is_first):
-                continue  # it has nothing to ask for
-            size = run.length * plan.row_bytes + plan.small_bytes
-            if group and (total + size > SLICE or len(group) == MAX_RUNS):
-                yield group, total
-                group, total = [], 0
-            group.append(run)
-            total += size
-        if group:
-            yield group, total
+    def size(self, run: _Run) -> int:
+        """Bytes that a run asks for."""
+        plan = self.plan(run)
+        if not plan.large and (run.is_kept or not run.is_first):
+            return 0
+        return run.length * plan.row_bytes + plan.small_bytes
 
 
 class Fetcher:
@@ -281,12 +272,14 @@ class Fetcher:
     async def _receive(self, runs: list[_Run], job: _Job, wanted: tuple[str, ...]) -> list[_Run]:
         """Returns the runs that are not there, or in another file than expected."""
         pipeline: Pipeline[list[_Run]] = Pipeline(self._client)
-        groups = job.groups(runs)
+        asking = (run for run in runs if job.size(run))
+        groups = slices(self._client.topology, asking, attrgetter("key"), job.size, MAX_RUNS)
         lost: list[_Run] = []
         try:
             while True:
                 while not pipeline.full and (group := next(groups, None)):
-                    pipeline.put(partial(self._request, group[0], job, wanted), group[1], group[0])
+                    size = sum(map(job.size, group))
+                    pipeline.put(partial(self._request, group, job, wanted), group[0].key, size, group)
                 if not len(pipeline):
                     return lost
                 reply, asked = await pipeline.next()

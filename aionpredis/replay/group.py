@@ -118,7 +118,7 @@ class GroupSource:
             return (await streams.ask(connection, (*command, "STREAMS", self._names.log, ">")))[0]
 
         # Repeated after a broken connection: what the lost reply held is reclaimed later.
-        found = await streams.alone(self._client, read)
+        found = await streams.alone(self._client, self._names.log, read)
         entries: list[Any] = [] if found is None else found[0][1]
         return entries
 

@@ -288,7 +288,7 @@ class LogReader:
             first = f"{self.run}-0" if self._fresh else f"({self.run}-{self._cursor[1]}"
             last = f"{self.run}-{streams.RIGHT_MAX}"
             command = resp.encode("XRANGE", self._names.log, first, last, "COUNT", streams.PAGE)
-            reply = await self._client.request(partial(_commits, command))
+            reply = await self._client.request(partial(_commits, command), self._names.log.encode())
             if faults.changes == self._changes:
                 break
             self._changes = faults.changes

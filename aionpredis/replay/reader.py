@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
@@ -19,13 +20,13 @@ from aionpredis.errors import ServerError, UsageError
 from aionpredis.formats import safetensors
 from aionpredis.formats.safetensors import Layout
 from aionpredis.memory import Recycler
-from aionpredis.pipeline import Pipeline
+from aionpredis.pipeline import Pipeline, slices
 from aionpredis.replay.chunk import open_chunk
 from aionpredis.replay.group import GroupSource
 from aionpredis.replay.lag import Progress
 from aionpredis.replay.log import ChunkId, LogReader, Names, look_again
 from aionpredis.replay.schema import MAX_ROWS, Schema
-from aionpredis.requests import SLICE, ValueReply, get_command
+from aionpredis.requests import ValueReply, get_command
 from aionpredis.wire.resp import Buffer, Pattern, Template
 
 if TYPE_CHECKING:
@@ -263,7 +264,7 @@ class Batches:
         self._progress = progress
         self._handed_out: list[ChunkId] = []  # to a group, and not acknowledged
         self._position: Position | None = after or Position(log.run, 0, 0)
-        self._read = 0  # the highest entry of the log of which all has arrived; for follow(), all before it, too
+        self._groups: Iterator[list[_Wanted]] = iter(())
         self._pipeline: Pipeline[list[_Wanted]] = Pipeline(client)
         self._arrived: deque[tuple[_Wanted, NDArray[np.uint8] | None]] = deque()  # have to be placed yet
         self._batches: deque[_Batch] = deque()
@@ -311,12 +312,12 @@ class Batches:
         while True:
             if self._batches and self._batches[0].filled == self._size and not self._batches[0].pending:
                 if self._progress is not None:
-                    await self._progress.note(self._read)
+                    await self._progress.note(self._batches[0].last[0])
                 arrays = self._finish()
                 if arrays is not None:
                     return arrays
                 continue
-            while not self._pipeline.full and (group := self._next_group()):
+            while not self._pipeline.full and (group := next(self._groups, None)):
                 self._ask(group)
             if self._arrived:
                 wanted, value = self._arrived[0]
@@ -340,6 +341,7 @@ class Batches:
                 await self._progress.note(self._log.entry, now=True)
             else:
                 more = await self._source.more()
+                self._groups = self._next_groups()
                 self.stats.duplicates, self.stats.gaps = self._log.duplicates, self._log.gaps
                 if not more and (self._drop_last or not self._batches):
                     if not self._batches and self._position is None:
@@ -363,23 +365,18 @@ class Batches:
 
     def _settle(self, wanted: _Wanted) -> None:
         self.stats.chunks += not wanted.lost
-        self._read = wanted.chunk.entry
         for batch, first, start, stop in wanted.places:
             batch.pending -= 1
             if wanted.lost:
                 batch.holes.append(slice(first, first + stop - start))
 
-    def _next_group(self) -> list[_Wanted]:
-        """The chunks for the next request; none if no more are known at the moment."""
-        group: list[_Wanted] = []
-        room = SLICE
-        while len(group) < MAX_GROUP and (chunk := self._source.take()):
-            group.append(self._assign(chunk))
-            size = chunk.rows * self._schema.row_nbytes
-            room -= size
-            if room < size:  # most likely the next one is as long
-                break
-        return group
+    def _next_groups(self) -> Iterator[list[_Wanted]]:
+        """The chunks for one request each, as far as chunks are known at the moment."""
+        wanted = map(self._assign, iter(self._source.take, None))
+        return slices(self._client.topology, wanted, attrgetter("key"), self._bytes, MAX_GROUP)
+
+    def _bytes(self, wanted: _Wanted) -> int:
+        return wanted.chunk.rows * self._schema.row_nbytes
 
     def _assign(self, chunk: ChunkId) -> _Wanted:
         """Assign a chunk to rows of the batch that is being filled, and on into the next one."""
@@ -402,8 +399,7 @@ class Batches:
         return wanted
 
     def _ask(self, group: list[_Wanted]) -> None:
-        size = sum(wanted.chunk.rows for wanted in group) * self._schema.row_nbytes
-        self._pipeline.put(lambda: self._request(group), size, group)
+        self._pipeline.put(lambda: self._request(group), group[0].key, sum(map(self._bytes, group)), group)
 
     def _request(self, group: list[_Wanted]) -> tuple[Sequence[Buffer], ValueReply]:
         command = b"".join([get_command(wanted.key) for wanted in group])

@@ -98,7 +98,7 @@ async def begin(client: Client, names: Names, *, policy: int, schema: str, above
     if last is None:
         # Microseconds by the server's clock: larger than any run of a deleted replay of this name, so that its actors
         # are stale, too, unless it has begun a run per microsecond. Exact in a float64.
-        seconds, micros = await client.call("TIME", repeatable=True)
+        seconds, micros = await client.call("TIME", repeatable=True, key=names.log.encode())
         run = max(int(seconds) * 1_000_000 + int(micros), above + 1)
         begun: bool | None = await _create(client, names, run, entry)
     elif last[0] == CLOSED:
@@ -128,7 +128,7 @@ async def _create(client: Client, names: Names, run: int, entry: dict[bytes, byt
         else:
             await streams.ask(connection, ("MULTI",), ("XADD", names.log, f"{run}-0", *fields), ("EXEC",))
 
-    await streams.alone(client, add_first)
+    await streams.alone(client, names.log, add_first)
     return await streams.page(client, names.log, f"{run}-0", f"{run}-0") == [((run, 0), entry)]
 
 
@@ -138,18 +138,19 @@ async def check_eviction(client: Client, names: Names) -> None:
     Raises:
         ReplayError: ``maxmemory-policy`` is not ``noeviction``.
     """
-    try:
-        info = await client.call("INFO", "memory", repeatable=True)
-    except ServerError:
-        return  # a user without the right to ask
-    facts: Mapping[bytes, bytes] = dict(line.split(b":", 1) for line in info.splitlines() if b":" in line)
-    policy = facts.get(b"maxmemory_policy", b"noeviction")
-    if facts.get(b"maxmemory", b"0") != b"0" and policy != b"noeviction":
-        raise ReplayError(
-            f"the server evicts keys by itself (maxmemory-policy {policy.decode()}), so it may drop what was "
-            "acknowledged: set maxmemory-policy noeviction",
-            replay=names.name,
-        )
+    for key in client.topology.each():
+        try:
+            info = await client.call("INFO", "memory", repeatable=True, key=key)
+        except ServerError:
+            return  # a user without the right to ask
+        facts: Mapping[bytes, bytes] = dict(line.split(b":", 1) for line in info.splitlines() if b":" in line)
+        policy = facts.get(b"maxmemory_policy", b"noeviction")
+        if facts.get(b"maxmemory", b"0") != b"0" and policy != b"noeviction":
+            raise ReplayError(
+                f"the server evicts keys by itself (maxmemory-policy {policy.decode()}), so it may drop what was "
+                "acknowledged: set maxmemory-policy noeviction",
+                replay=names.name,
+            )
 
 
 async def close(client: Client, names: Names) -> None:
@@ -217,20 +218,19 @@ async def _unlink(client: Client, names: Names, entries: list[streams.Entry]) ->
             keys.append(names.data(left, unpack(fields[FIELD])))
         except (KeyError, CorruptValue):  # it begins a run, or is somebody else's: it names no data
             pass
-    return int(await client.call("UNLINK", *keys, repeatable=True)) if keys else 0
+    return await client.count_keys("UNLINK", keys, repeatable=True)
 
 
 async def leftover_keys(client: Client, names: Names, *, below: int) -> list[bytes]:
-    """Data keys of runs before ``below`` that exist on the server. Looks at all keys there: for checks, not for use."""
+    """Data keys of runs before ``below`` that exist on the servers. Looks at all keys there: for checks, not for use."""
     found: set[bytes] = set()
-    cursor: bytes | int = 0
-    while True:
-        cursor, keys = await client.call(
-            "SCAN", cursor, "MATCH", names.data_pattern("*"), "COUNT", 10_000, repeatable=True
-        )
-        for key in keys:
-            run = key.split(b":")[1]
-            if run.isdigit() and int(run) < below:
-                found.add(key)
-        if cursor == b"0":
-            return sorted(found)
+    for shard in client.topology.each():
+        cursor: bytes | int | None = 0
+        while cursor != b"0":
+            scan = "SCAN", cursor, "MATCH", names.data_pattern("*"), "COUNT", 10_000
+            cursor, keys = await client.call(*scan, repeatable=True, key=shard)
+            for key in keys:
+                run = key.split(b":")[1]
+                if run.isdigit() and int(run) < below:
+                    found.add(key)
+    return sorted(found)

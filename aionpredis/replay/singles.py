@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from aionpredis.errors import ServerError
 from aionpredis.replay.plan import Plan
 from aionpredis.requests import row_views
 
@@ -45,10 +44,8 @@ class Singles:
         head = self._plan.head
         lost: list[int] = []
 
-        async def other(start: int, values: Any) -> None:
-            if isinstance(values, ServerError):
-                raise values.about("MGET", keys[start])
-            for number, value in enumerate(values, start):
+        async def other(numbers: Sequence[int], values: list[Any]) -> None:
+            for number, value in zip(numbers, values, strict=True):
                 if not place(value, head, places[number * count : (number + 1) * count]):
                     lost.append(number)
 

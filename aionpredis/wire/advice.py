@@ -1,11 +1,26 @@
-"""What to do about a connection that could not be made. Text only."""
+"""What is said of a connection that could not be made: no secrets, and what to do about it. Text only."""
 
 from __future__ import annotations
 
+import re
 import ssl
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
-__all__ = ["advice", "chain"]
+import redis
+
+__all__ = ["advice", "chain", "is_refusal", "scrub", "secrets"]
+
+# AuthenticationError is a redis ConnectionError in every release, so it is asked for first. NOAUTH comes as itself,
+# WRONGPASS as either, NOPERM (an ACL user who may not SELECT) as a ResponseError. All without that word.
+_REFUSED = (
+    redis.AuthenticationError,
+    redis.exceptions.AuthorizationError,
+    redis.exceptions.NoPermissionError,
+)
+
+# Redis and Valkey quote the arguments of a command that they do not know: AUTH's, where it was renamed. Cut after 128 bytes.
+_QUOTED = re.compile(r",? with args beginning with:.*", re.DOTALL)
 
 # X509_V_ERR_…, as OpenSSL numbers them in <openssl/x509_vfy.h>
 _NOT_YET_VALID, _EXPIRED = 9, 10
@@ -22,6 +37,24 @@ _REASONS = {
     "RECORD_LAYER_FAILURE": "that port is without TLS: redis://",
     "KEY_VALUES_MISMATCH": "ssl_keyfile= is not the key of ssl_certfile=",
 }
+
+
+def secrets(settings: Mapping[str, Any]) -> list[str]:
+    """Those among the arguments of redis-py's connection."""
+    return [str(value) for name in ("password", "ssl_password") if (value := settings.get(name))]
+
+
+def scrub(message: str, secrets: list[str]) -> str:
+    """The message without them."""
+    message = _QUOTED.sub("", message)
+    for secret in secrets:
+        message = message.replace(secret, "***")
+    return message
+
+
+def is_refusal(error: Exception) -> bool:
+    """Whether a server refused the user, the password or the user's rights."""
+    return isinstance(error, _REFUSED) or str(error).startswith(("WRONGPASS", "NOAUTH"))
 
 
 def chain(error: BaseException | None) -> Iterator[BaseException]:

@@ -1,93 +1,57 @@
 """redis-py makes the connection; we take its socket.
 
 URL parsing, TCP, Unix sockets and TLS, AUTH and ACL users, credential providers, SELECT and the client's name are
-redis-py's work, done in a worker thread because it blocks. RESP2, so that nothing is pushed between our replies.
+redis-py's work, done in a worker thread because it blocks. RESP2, so that nothing is pushed between our replies. A service
+that Sentinels watch is looked for at every dial, so that a reconnect after a failover finds the new primary.
 
 No message of an error, nor of one that led to it, holds a password: a server may quote what it was sent.
 """
 
 from __future__ import annotations
 
+import copy
 import math
 import os
-import re
 import ssl
 import threading
 from contextlib import suppress
 from numbers import Real
 from typing import Any
-from urllib.parse import urlsplit
 
 import anyio
 import anyio.to_thread
 import redis
 from redis.backoff import NoBackoff
-from redis.connection import parse_url
 from redis.retry import Retry
 
 from aionpredis.errors import AuthenticationError, ConnectError, UsageError
 from aionpredis.stats import Counters
-from aionpredis.wire.advice import advice, chain
+from aionpredis.wire.advice import advice, chain, is_refusal, scrub, secrets
 from aionpredis.wire.connection import Connection
+from aionpredis.wire.sentinel import Sentinels
 from aionpredis.wire.socket import Socket, wrap
+from aionpredis.wire.source import LOOKS_LIKE, Source, place, read
 
 __all__ = ["Dialer"]
 
-# AuthenticationError is a redis ConnectionError in every release, so it is asked for first. NOAUTH comes as itself,
-# WRONGPASS as either, NOPERM (an ACL user who may not SELECT) as a ResponseError. All without that word.
-_REFUSED = (
-    redis.AuthenticationError,
-    redis.exceptions.AuthorizationError,
-    redis.exceptions.NoPermissionError,
-)
-
-_LOOKS_LIKE = "a URL looks like redis://host:6379/0, rediss://host:6379 or unix:///path/to/socket"
-
-_ENCODED = "in a URL's user and password, write / as %2F, ? as %3F, # as %23, @ as %40"
-
-# Redis and Valkey quote the arguments of a command that they do not know: AUTH's, where it was renamed. Cut after 128 bytes.
-_QUOTED = re.compile(r",? with args beginning with:.*", re.DOTALL)
-
 _TLS_FILES = "ssl_ca_certs", "ssl_ca_path", "ssl_certfile", "ssl_keyfile"
-
-
-def without_secrets(url: str) -> str:
-    """The URL as it may stand in a message: no user, no password, no options.
-
-    Raises:
-        UsageError: it is none, or it cannot be told where a password in it ends.
-    """
-    try:
-        parts = urlsplit(url)
-        place = parts.hostname or ""
-        if ":" in place:
-            place = f"[{place}]"
-        if parts.port is not None:
-            place += f":{parts.port}"
-    except ValueError:  # it quotes the URL
-        parts = None
-    if parts is None or "://" not in url or parts.scheme not in ("redis", "rediss", "unix"):
-        raise UsageError(f"this is no URL of a server: {_LOOKS_LIKE}" + (f"; {_ENCODED}" if "@" in url else ""))
-    known = "@" in parts.netloc or (parts.scheme == "unix" and not parts.netloc)
-    if not known and "@" in url:
-        raise UsageError(f"an @ behind the host: {_ENCODED}")
-    return f"{parts.scheme}://{place}{parts.path}"
 
 
 class Dialer:
     """Makes connections to one server.
 
-    ``url``: ``redis://``, ``rediss://`` or ``unix://``, as redis-py reads them; ``options``: further keyword arguments of
-    redis-py's connection (``credential_provider``, ``ssl_ca_certs``, …). TLS is verified, the server's name included, unless
-    ``ssl_cert_reqs="none"``.
+    ``source``: a URL, a client of redis-py, or what :func:`read` made of one; of a cluster, its first node. ``options``:
+    further keyword arguments of redis-py's connection (``credential_provider``, ``ssl_ca_certs``, …), and
+    ``sentinel_username``, ``sentinel_password``. TLS is verified, the server's name included, unless
+    ``ssl_cert_reqs="none"``, or the client says otherwise.
 
     Raises:
-        UsageError: the URL or an option is wrong.
+        UsageError: the source or an option is wrong.
     """
 
     def __init__(
         self,
-        url: str,
+        source: Any,
         *,
         connect_timeout: float,
         timeout: float,
@@ -95,29 +59,29 @@ class Dialer:
         counters: Counters | None = None,
         **options: Any,
     ) -> None:
-        if not isinstance(url, str):
-            raise UsageError(f"a URL is a str, not {type(url).__name__}")
-        self.url = without_secrets(url)
+        source = source if isinstance(source, Source) else read(source)
+        self.url: str = source.url
+        """Where the server is, without secrets."""
         self._timeout = timeout
         self._connect_timeout = connect_timeout
         self._max_bulk = max_bulk
         self._counters = counters
+        self._sentinels: Sentinels | None = None
         for name, seconds in (("timeout", timeout), ("connect_timeout", connect_timeout)):
             if isinstance(seconds, bool) or not isinstance(seconds, Real) or not 0 < seconds < math.inf:
                 raise UsageError(f"{name} is a positive number of seconds, not {seconds!r}")
-        settings = {
-            "socket_connect_timeout": connect_timeout,
-            "socket_timeout": connect_timeout,
-            "retry": Retry(NoBackoff(), 0),
-            **options,
-        }
-        self._tls = url.startswith("rediss://")
-        problem = ""
+        settings: dict[str, Any] = dict(options)
+        tls, problem = False, ""
         try:
-            settings |= parse_url(url)  # type: ignore[no-untyped-call]
-            settings["protocol"] = 2  # whatever an environment's REDIS_URL asks for
-            if self._tls:
+            settings = source.settings(options)
+            tls = settings.get("connection_class") is redis.SSLConnection
+            if tls:
                 _check_tls(settings)
+            if source.sentinels:
+                self._sentinels = Sentinels(source, _sentinel_settings(source, settings), timeout=connect_timeout)
+            limits = {"socket_connect_timeout": connect_timeout, "socket_timeout": connect_timeout}
+            settings = {**limits, "retry": Retry(NoBackoff(), 0), **settings}
+            settings["protocol"] = 2  # whatever an environment's REDIS_URL asks for
             self._credentials = settings.get("credential_provider")
             self._name = settings.pop("client_name", None)
             pool = redis.ConnectionPool(**settings)
@@ -125,17 +89,30 @@ class Dialer:
             self._arguments = pool.connection_kwargs
             self._make(**self._arguments)  # unknown options show here, before anything is connected
         except (ValueError, TypeError, redis.RedisError) as error:
-            problem = _scrub(str(error), self._secrets(settings))
+            problem = scrub(str(error), secrets(settings))
         if problem:  # not while the other error is handled: it would remain as this one's context
-            about_tls = "" if self._tls or "ssl_" not in problem else "ssl_… options are for rediss://; "
-            raise UsageError(f"{self.url}: {problem}; {about_tls}{_LOOKS_LIKE}")
+            about_tls = "" if tls or "ssl_" not in problem else "ssl_… options are for rediss://; "
+            raise UsageError(f"{self.url}: {problem}; {about_tls}{LOOKS_LIKE}")
 
-    @staticmethod
-    def _secrets(settings: dict[str, Any]) -> list[str]:
-        return [str(value) for name in ("password", "ssl_password") if (value := settings.get(name))]
+    @property
+    def database(self) -> int:
+        """That connections are for."""
+        return self._arguments.get("db") or 0
 
-    async def dial(self) -> Connection:
-        """A new connection, ready for commands, within ``connect_timeout``.
+    def at(self, host: str, port: int) -> Dialer:
+        """The same, to another server: its credentials, options and time-outs. TLS asks for that server's name."""
+        other = copy.copy(self)
+        other._sentinels = None
+        other._arguments = {**self._arguments, "host": host, "port": port}
+        if other._arguments.pop("path", None) is not None:
+            other._make = redis.Connection
+        scheme = "rediss" if issubclass(other._make, redis.SSLConnection) else "redis"
+        other.url = f"{scheme}://{place((host, port))}" + (f"/{self.database}" if self.database else "")
+        return other
+
+    async def dial(self, *, readonly: bool = False) -> Connection:
+        """A new connection, ready for commands, within ``connect_timeout``. ``readonly``: a replica in a cluster is told to
+        answer reads (``READONLY``).
 
         Raises:
             ConnectError: nobody answers there, or not as a Redis server does.
@@ -146,7 +123,7 @@ class Dialer:
         try:
             # Each step in the thread has this limit, too; a name's look-up, or a server that trickles, has none there.
             with anyio.move_on_after(float(self._connect_timeout)):
-                sock = await anyio.to_thread.run_sync(self._connect, attempt, abandon_on_cancel=True)
+                sock = await anyio.to_thread.run_sync(self._connect, attempt, readonly, abandon_on_cancel=True)
         except BaseException:
             attempt.abandon()
             raise
@@ -156,27 +133,29 @@ class Dialer:
             raise ConnectError(self._describe(str(late), late))
         return Connection(sock, timeout=self._timeout, max_bulk=self._max_bulk, counters=self._counters)
 
-    def _connect(self, attempt: _Attempt) -> Socket:
+    def _connect(self, attempt: _Attempt, readonly: bool) -> Socket:
         arguments = dict(self._arguments)
         if self._credentials is not None:  # asked here, so that they are known where messages are made
             provider = arguments.pop("credential_provider")
             *user, arguments["password"] = provider.get_credentials()
             arguments["username"] = user[0] if user else None
+        if self._sentinels is not None:
+            arguments["host"], arguments["port"] = self._sentinels.find()
         failure: ConnectError
         cause: Exception | None
         connection = self._make(**arguments)
         try:
             connection.connect()
-            _greet(connection, self._name)
+            _greet(connection, self._name, readonly=readonly, primary=self._sentinels is not None)
         except (redis.RedisError, OSError, ValueError) as error:
-            secrets = self._secrets(arguments)
-            message = _scrub(str(error), secrets)
-            if isinstance(error, _REFUSED) or message.startswith(("WRONGPASS", "NOAUTH")):
+            hidden = secrets(arguments)
+            message = scrub(str(error), hidden)
+            if is_refusal(error):
                 failure = AuthenticationError(f"{self.url} refused to let us in: {message} ({_who(error)})")
             else:
                 failure = ConnectError(self._describe(message, error))
             texts = [str(text) for each in chain(error) for text in (each, *each.args)]
-            cause = error if all(_scrub(text, secrets) == text for text in texts) else None
+            cause = error if all(scrub(text, hidden) == text for text in texts) else None
         else:
             raw, connection._sock = connection._sock, None
             if raw is None:
@@ -186,7 +165,7 @@ class Dialer:
         raise failure from cause  # not while the other error is handled: it would be the context
 
     def _describe(self, message: str, error: Exception) -> str:
-        hint = advice(error, scheme=self.url.partition(":")[0])
+        hint = advice(error, scheme=self.url.partition(":")[0].partition("+")[0])
         return f"no connection to {self.url}: {message}{hint and f' ({hint})'}"
 
 
@@ -231,33 +210,59 @@ def _check_tls(settings: dict[str, Any]) -> None:
             raise ValueError(f"{name}: there is no {os.fspath(settings[name])!r}")
 
 
-def _greet(connection: Any, name: str | None) -> None:
+def _sentinel_settings(source: Source, settings: dict[str, Any]) -> dict[str, Any]:
+    """How the Sentinels are connected: as a client's are, else with the same TLS. Their credentials are taken out of the
+    settings.
+    """
+    own = {name: settings.pop(f"sentinel_{name}", None) for name in ("username", "password")}
+    if source.from_sentinel is None:
+        shared = {
+            name: value for name, value in settings.items() if name.startswith("ssl_") or name == "connection_class"
+        }
+    else:
+        shared = dict(source.from_sentinel)
+        if shared.get("connection_class") is redis.SSLConnection:
+            _check_tls(shared)
+    return shared | {name: value for name, value in own.items() if value is not None}
+
+
+def _greet(connection: Any, name: str | None, *, readonly: bool, primary: bool) -> None:
     """Name this client, if the user may; and see whether commands are answered: without a password nothing of the
-    handshake tells that one is needed.
+    handshake tells that one is needed. ``primary``: see that it is one.
     """
     try:
-        for command in (("CLIENT", "SETNAME", name), ("PING",)) if name else (("PING",),):
-            connection.send_command(*command)
-            try:
-                connection.read_response()
-            except redis.exceptions.NoPermissionError:  # answered, too
-                pass
-            except redis.ResponseError as error:
-                if not str(error).startswith("MISCONF"):  # it cannot save, and answers everything but writes and PING
-                    raise
+        if name:
+            _ask(connection, "CLIENT", "SETNAME", name)
+        _ask(connection, "PING")
+        if readonly:
+            connection.send_command("READONLY")
+            connection.read_response()
+        if primary:
+            role = _ask(connection, "ROLE")
+            if role is not None and role[0] not in (b"master", "master"):
+                where = place((connection.host, connection.port))
+                raise redis.ConnectionError(
+                    f"the Sentinels say {where}, which is no primary (a failover may be under way)"
+                )
     except BaseException:
         connection.disconnect()
         raise
+
+
+def _ask(connection: Any, *command: str) -> Any:
+    """The reply; ``None`` if the user has no right to it, or the server refuses it for a reason of its own."""
+    connection.send_command(*command)
+    try:
+        return connection.read_response()
+    except redis.exceptions.NoPermissionError:  # answered, too
+        return None
+    except redis.ResponseError as error:
+        if not str(error).startswith("MISCONF"):  # it cannot save, and answers everything but writes and PING
+            raise
+        return None
 
 
 def _who(error: Exception) -> str:
     if isinstance(error, redis.exceptions.NoPermissionError):
         return "what this user's ACL allows is not enough to connect"
     return "user and password: redis://user:password@…, username= and password=, or credential_provider="
-
-
-def _scrub(message: str, secrets: list[str]) -> str:
-    message = _QUOTED.sub("", message)
-    for secret in secrets:
-        message = message.replace(secret, "***")
-    return message

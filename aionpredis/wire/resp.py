@@ -16,6 +16,7 @@ Receiving: one :class:`Reply` says what one request expects back, :class:`Parser
 
 from __future__ import annotations
 
+import re
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -23,10 +24,10 @@ from itertools import accumulate
 from numbers import Real
 from typing import Any, TypeAlias, cast
 
-from aionpredis.errors import ProtocolError, ServerError, ServerFull, ServerUnavailable, UsageError
+from aionpredis.errors import ProtocolError, Redirected, ServerError, ServerFull, ServerUnavailable, UsageError
 from aionpredis.memory import aligned_empty
 
-__all__ = ["Blob", "Buffer", "Parser", "Pattern", "Reply", "Template", "encode", "encode_bytes", "encode_set"]
+__all__ = ["Blob", "Buffer", "Parser", "Pattern", "Reply", "Template", "encode", "encode_bytes", "encode_set", "split"]
 
 Buffer: TypeAlias = "bytes | bytearray | memoryview"
 Argument: TypeAlias = "bytes | str | int | float | Buffer | Blob"
@@ -129,6 +130,21 @@ def encode_set(key: bytes, head: bytes, payload: Buffer, options: bytes = b"", e
     if len(payload) < SMALL:
         return [b"".join((text, payload, b"\r\n", options))]
     return [text, payload, b"\r\n" + options]
+
+
+def split(request: Buffer) -> list[memoryview]:
+    """The commands of a request, one by one, as views on it."""
+    raw, view = bytes(request), memoryview(request)
+    commands: list[memoryview] = []
+    at = 0
+    while at < len(raw):
+        start, end = at, raw.index(b"\r\n", at)
+        count, at = int(raw[at + 1 : end]), end + 2
+        for _ in range(count):
+            end = raw.index(b"\r\n", at)
+            at = end + 2 + int(raw[at + 1 : end]) + 2
+        commands.append(view[start:at])
+    return commands
 
 
 # --- receiving -------------------------------------------------------------------------------------------------------
@@ -285,10 +301,14 @@ class Reply:
 
     When ``done``, either ``error`` is set (the connection broke), or ``matched`` is true (all went as the template
     predicted; ``values`` is empty), or ``values`` holds ``count`` results: ``bytes``, ``int``, ``None``, lists of them,
-    :class:`ServerError` instances, and whatever :meth:`bulk` named. ``refusal``: the last of them that may pass.
+    :class:`ServerError` instances, and whatever :meth:`bulk` named. ``refusal``: the last of them that may pass;
+    ``redirected``: whether another server has to be asked for some of them.
     """
 
-    __slots__ = ("abandoned", "count", "done", "error", "matched", "refusal", "sent", "template", "values", "waiter")
+    __slots__ = (
+        *("abandoned", "count", "done", "error", "matched", "redirected", "refusal"),
+        *("sent", "template", "values", "waiter"),
+    )
 
     def __init__(self, count: int = 1, template: Template | None = None) -> None:
         self.count = count
@@ -296,6 +316,7 @@ class Reply:
         self.values: list[Any] = []
         self.done = False
         self.matched = False
+        self.redirected = False
         self.abandoned = False
         self.sent = False  # a byte of the request was given to the kernel
         self.error: Exception | None = None
@@ -314,6 +335,10 @@ class Reply:
         """Whether the server may answer so. If not, this is another request's reply: the connection is given up."""
         return True
 
+    def again(self) -> Reply:
+        """What one of its commands expects back elsewhere."""
+        return type(self)()
+
     def result(self) -> Any:
         """The only value; raises it if it is a :class:`ServerError`."""
         (value,) = self.values
@@ -322,11 +347,16 @@ class Reply:
         return value
 
 
+_REDIRECTION = re.compile(r"(MOVED|ASK) \d{1,5} \S*:\d{1,5}")
+
+
 def server_error(line: bytes) -> ServerError:
     text = line.decode("utf-8", "replace")
     code = text.partition(" ")[0]
     if code == "OOM":
         return ServerFull(text)
+    if _REDIRECTION.fullmatch(text):
+        return Redirected(text)
     return ServerUnavailable(text) if code in ServerUnavailable.CODES else ServerError(text)
 
 
@@ -597,6 +627,8 @@ class Parser:
                 value = server_error(bytes(line))
                 if isinstance(value, ServerUnavailable):
                     reply.refusal = value
+                elif isinstance(value, Redirected):
+                    reply.redirected = True
             elif kind == 0x2A:  # *
                 length = self._number(line)
                 if length > 0:

@@ -1,72 +1,82 @@
-"""Which connection serves which key. One server so far; the interface asks for keys so that a cluster can answer it."""
+"""Which server has which key: one server, or a cluster's (:mod:`aionpredis.wire.cluster`)."""
 
 from __future__ import annotations
 
-import anyio
+from collections.abc import Callable, Sequence
+from typing import Protocol, TypeVar
 
-from aionpredis.errors import ConnectError, UsageError
-from aionpredis.stats import Counters
-from aionpredis.wire.connection import Connection
-from aionpredis.wire.dial import Dialer
+from aionpredis.errors import Redirected
+from aionpredis.wire.resp import Buffer, Reply
+from aionpredis.wire.shard import Shard
 
-__all__ = ["OneServer"]
+__all__ = ["OneServer", "Topology"]
+
+T = TypeVar("T")
+
+
+class Topology(Protocol):
+    """Keys to shards. The empty key stands for any of them."""
+
+    joins_keys: bool
+    """Whether one command may name any keys of a shard; else only keys of the same slot."""
+
+    shards: Sequence[Shard]
+    """All of them."""
+
+    async def open(self) -> None:
+        """Reach it for the first time."""
+
+    def shard(self, key: bytes) -> Shard:
+        """Which has the key, as far as known."""
+
+    def groups(self, items: list[T], key: Callable[[T], bytes]) -> list[list[T]]:
+        """The items by the shards of their keys, each group in order."""
+
+    def each(self) -> list[bytes]:
+        """A key of each shard, for commands that have none."""
+
+    async def reach(self, key: bytes) -> Shard:
+        """Which has the key, after looking again if there is a reason to."""
+
+    async def learn(self, error: Redirected) -> None:
+        """A server says that another one has the key."""
+
+    async def follow(self, request: Sequence[Buffer], reply: Reply) -> None:
+        """Send those of a request's commands that were redirected to where they belong; their answers take their places."""
+
+    def close(self) -> None:
+        """Close all connections."""
 
 
 class OneServer:
-    """All keys on one server, all data over one connection (two or three brought nothing: the server is the limit)."""
+    """All keys on one server."""
 
-    def __init__(self, dialer: Dialer, counters: Counters) -> None:
-        self.dialer = dialer
-        self._counters = counters
-        self._connection: Connection | None = None
-        self._dialing = anyio.Lock()
-        self._dialed = 0
-        self._failure: ConnectError | None = None  # of the last attempt
-        self._closed = False
+    joins_keys = True
 
-    @property
-    def live_connection(self) -> Connection | None:
-        """The shared data connection, if there is one that works."""
-        connection = self._connection
-        return connection if connection is not None and connection.lost is None else None
+    def __init__(self, shard: Shard) -> None:
+        self.shards: Sequence[Shard] = (shard,)
+        self._shard = shard
 
-    @property
-    def lost(self) -> Exception | None:
-        """Why the last shared connection does not work, if there was one."""
-        return None if self._connection is None else self._connection.lost
+    async def open(self) -> None:
+        await self._shard.connection()
 
-    async def connection(self) -> Connection:
-        """The shared data connection; made anew if the last one broke.
+    def shard(self, key: bytes) -> Shard:
+        return self._shard
 
-        Raises:
-            ConnectError: the server cannot be reached. Tasks that waited for one attempt share its outcome.
-            UsageError: the client was closed meanwhile.
-        """
-        connection = self.live_connection
-        if connection is not None:
-            return connection
-        dialed = self._dialed
-        async with self._dialing:
-            if self._connection is None or self._connection.lost is not None:
-                if self._failure is not None and self._dialed != dialed:
-                    raise type(self._failure)(*self._failure.args)
-                self._failure = None
-                try:
-                    connection = await self.dialer.dial()
-                except ConnectError as error:
-                    self._failure = type(error)(*error.args)
-                    raise
-                finally:
-                    self._dialed += 1
-                self._counters.reconnects += self._connection is not None
-                self._connection = connection
-                if self._closed:
-                    self._connection.close()
-                    raise UsageError("the client was closed")
-            return self._connection
+    def groups(self, items: list[T], key: Callable[[T], bytes]) -> list[list[T]]:
+        return [items]
+
+    def each(self) -> list[bytes]:
+        return [b""]
+
+    async def reach(self, key: bytes) -> Shard:
+        return self._shard
+
+    async def learn(self, error: Redirected) -> None:
+        raise error
+
+    async def follow(self, request: Sequence[Buffer], reply: Reply) -> None:
+        """Nobody is asked elsewhere: the errors say which URL would do it."""
 
     def close(self) -> None:
-        self._closed = True
-        if self._connection is not None:
-            self._connection.close()
-            self._connection = None
+        self._shard.close()

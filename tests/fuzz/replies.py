@@ -10,9 +10,10 @@ import numpy as np
 
 from aionpredis.errors import CorruptValue, ProtocolError, ServerError
 from aionpredis.replay.log import ChunkId, CommitsReply, pack, parse_commit
-from aionpredis.requests import ValueReply, ok_reply, rows_reply, value_reply
+from aionpredis.requests import ValueReply, ok_reply, value_reply
 from aionpredis.wire import resp
 from aionpredis.wire.resp import Parser, Reply
+from tests.predictions import rows_reply
 
 from .guard import at_most
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import shutil
 import warnings
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing
 from functools import partial
+from operator import attrgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import anyio
 import anyio.to_thread
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 
 from aionpredis import codecs, streams
 from aionpredis.errors import ReplayGone, SchemaMismatch, ServerError
-from aionpredis.pipeline import Pipeline
+from aionpredis.pipeline import Pipeline, slices
 from aionpredis.replay import runs
 from aionpredis.replay.checkpoint import files
 from aionpredis.replay.checkpoint.files import Arrays, Extra
@@ -25,7 +26,7 @@ from aionpredis.replay.checkpoint.transfer import Progress, silent, transfer
 from aionpredis.replay.chunk import open_chunk
 from aionpredis.replay.log import Begin, ChunkId, LogReader, Names, look_again, parse_begin
 from aionpredis.replay.schema import Schema
-from aionpredis.requests import IN_THREAD, SLICE, ValueReply, get_command
+from aionpredis.requests import IN_THREAD, ValueReply, get_command
 from aionpredis.wire import resp
 from aionpredis.wire.resp import Buffer, Reply
 
@@ -42,6 +43,14 @@ ROW_COST = 1 + 8 + 8 + 8
 
 GROUP = 64
 """Chunks in one request, however small."""
+
+
+class _Wanted(NamedTuple):
+    """A chunk that is asked for: its number in the run, and about how many bytes it has."""
+
+    number: int
+    key: bytes
+    size: int
 
 
 class _Bundle:
@@ -163,21 +172,29 @@ class _Saving:
 
     async def _values(self) -> AsyncGenerator[tuple[ChunkId, NDArray[np.uint8] | None]]:
         """The chunks as they are on the server, in order; ``None`` for one that is not there."""
-        pipeline: Pipeline[list[ChunkId]] = Pipeline(self._client)
-        groups = _groups(self._chunks, self._schema.row_nbytes)
+        pipeline: Pipeline[list[_Wanted]] = Pipeline(self._client)
+        wanted = (
+            _Wanted(number, self._names.data(self._run, chunk), chunk.rows * self._schema.row_nbytes)
+            for number, chunk in enumerate(self._chunks)
+        )
+        held: dict[int, NDArray[np.uint8] | None] = {}  # one of another shard comes before them
+        settled = 0
+        groups = slices(self._client.topology, wanted, attrgetter("key"), attrgetter("size"), GROUP)
         try:
             while True:
                 while not pipeline.full and (group := next(groups, None)):
-                    keys = [self._names.data(self._run, chunk) for chunk in group]
-                    size = sum(chunk.rows for chunk in group) * self._schema.row_nbytes
-                    pipeline.put(partial(_gets, keys), size, group)
+                    keys = [one.key for one in group]
+                    pipeline.put(partial(_gets, keys), keys[0], sum(one.size for one in group), group)
                 if not len(pipeline):
                     return
                 reply, group = await pipeline.next()
-                for chunk, value in zip(group, reply.values, strict=True):
+                for one, value in zip(group, reply.values, strict=True):
                     if isinstance(value, ServerError):
-                        raise value.about("GET", self._names.data(self._run, chunk))
-                    yield chunk, value
+                        raise value.about("GET", one.key)
+                    held[one.number] = value
+                while settled in held:
+                    yield self._chunks[settled], held.pop(settled)
+                    settled += 1
         finally:
             pipeline.abandon()
 
@@ -197,21 +214,6 @@ class _Saving:
                 said = f"chunk {key!r} is in the log, but not on the server: saved without it"
                 warnings.warn(said, RuntimeWarning, stacklevel=2)
         return value
-
-
-def _groups(chunks: list[ChunkId], row_nbytes: int) -> Iterator[list[ChunkId]]:
-    """What goes into one request together."""
-    group: list[ChunkId] = []
-    room = SLICE
-    for chunk in chunks:
-        size = chunk.rows * row_nbytes
-        if group and (size > room or len(group) == GROUP):
-            yield group
-            group, room = [], SLICE
-        group.append(chunk)
-        room -= size
-    if group:
-        yield group
 
 
 def _gets(keys: list[bytes]) -> tuple[Sequence[Buffer], Reply]:

@@ -1,0 +1,174 @@
+"""The servers of a cluster: which has which of the 16,384 slots, and what to do when one says that it is another's now.
+
+redis-py learns the map (:mod:`aionpredis.wire.discovery`). It is learned again when a server cannot be reached, and when one
+says that a slot has moved.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import anyio
+from redis.crc import key_slot
+
+from aionpredis.errors import ConnectError, Redirected, ServerUnavailable
+from aionpredis.stats import Counters
+from aionpredis.wire import resp
+from aionpredis.wire.connection import Connection
+from aionpredis.wire.discovery import Address, ClusterDialer
+from aionpredis.wire.resp import Buffer, Reply
+from aionpredis.wire.shard import Shard
+
+__all__ = ["Cluster"]
+
+T = TypeVar("T")
+
+SLOTS = 16_384
+
+MAX_REDIRECTIONS = 16
+"""Of one command in a row. More are a map that the servers do not agree on (yet)."""
+
+REFRESH_SECONDS = 0.1
+"""The map is not asked for more often on account of slots that have moved: each of them was learned anyway."""
+
+_ASKING = resp.encode("ASKING")
+
+
+class Cluster:
+    """Keys by their slots: CRC16 of the key, or of its part in braces, modulo 16,384 (Redis cluster specification).
+
+    ``replaced()`` is called when a server is none of the primaries any more: with a failover, what it had acknowledged last
+    may be lost.
+    """
+
+    joins_keys = False
+
+    def __init__(self, dialer: ClusterDialer, counters: Counters, replaced: Callable[[], None]) -> None:
+        self._dialer = dialer
+        self._counters = counters
+        self._replaced = replaced
+        self._servers: dict[Address, Shard] = {}  # all that were ever talked to
+        self._primaries: dict[Address, Shard] = {}
+        self.shards: Sequence[Shard] = ()
+        self._slots: list[Shard | None] = [None] * SLOTS
+        self._refreshing = anyio.Lock()
+        self._refreshed = 0  # how often
+        self._refreshed_at = -float("inf")
+        self._closed = False
+
+    async def open(self) -> None:
+        await self._refresh()
+        await self.shards[0].connection()
+
+    def shard(self, key: bytes) -> Shard:
+        # Of a slot that nobody serves any server says so, or who does by now.
+        return self._slots[key_slot(key)] or self.shards[0]
+
+    def groups(self, items: list[T], key: Callable[[T], bytes]) -> list[list[T]]:
+        groups: dict[Shard, list[T]] = {}
+        for item in items:
+            groups.setdefault(self.shard(key(item)), []).append(item)
+        return list(groups.values())
+
+    def each(self) -> list[bytes]:
+        keys: dict[Shard, bytes] = {}
+        candidates = (b"%d" % number for number in itertools.count())
+        while len(keys) < len(self.shards):
+            key = next(candidates)
+            keys.setdefault(self.shard(key), key)
+        return list(keys.values())
+
+    async def reach(self, key: bytes) -> Shard:
+        """
+        Raises:
+            ConnectError: no server of the cluster can be asked for the map.
+        """
+        shard = self.shard(key)
+        if shard.lost is not None:
+            await self._refresh()
+            shard = self.shard(key)
+        return shard
+
+    async def learn(self, error: Redirected) -> None:
+        """
+        Raises:
+            ConnectError: no server of the cluster can be asked for the map.
+        """
+        if not error.asks:
+            self._slots[error.slot] = self._target(error)
+            if time.monotonic() - self._refreshed_at > REFRESH_SECONDS:
+                await self._refresh()
+
+    async def follow(self, request: Sequence[Buffer], reply: Reply) -> None:
+        commands: list[Sequence[Buffer]] = [request]
+        if reply.count > 1:
+            commands = [[command] for command in resp.split(b"".join(request))]
+        reply.redirected, reply.refusal = False, None
+        for index, value in enumerate(reply.values):
+            if isinstance(value, Redirected):
+                reply.values[index] = value = await self._follow(commands[index], value, reply)
+            if isinstance(value, ServerUnavailable):
+                reply.refusal = value
+
+    async def _follow(self, command: Sequence[Buffer], error: Redirected, reply: Reply) -> object:
+        reply.sent = False  # it did not run there
+        for _ in range(MAX_REDIRECTIONS):
+            await self.learn(error)
+            connection = await self._target(error).connection()
+            again = reply.again()
+            try:
+                await self._ask(connection, command, again, asks=error.asks)
+            finally:
+                reply.sent = again.sent
+            (value,) = again.values
+            if not isinstance(value, Redirected):
+                return value
+            error = value
+        return ServerUnavailable(f"TRYAGAIN redirected {MAX_REDIRECTIONS} times, at last by: {error.args[0]}")
+
+    async def _ask(self, connection: Connection, command: Sequence[Buffer], reply: Reply, *, asks: bool) -> None:
+        if asks:
+            connection.submit(_ASKING, Reply(), send=False)  # nobody comes between
+        await connection.wait(connection.submit(command, reply))
+
+    def _target(self, error: Redirected) -> Shard:
+        host, port = error.address
+        if host in ("", "?"):  # the server does not know by which name it is reached, but on the same host as itself
+            host = next((known for known, other in self._servers if other == port), next(iter(self._servers))[0])
+        return self._server((host, port))
+
+    def _server(self, address: Address) -> Shard:
+        shard = self._servers.get(address)
+        if shard is None:
+            self._servers[address] = shard = Shard(self._dialer.at(address), self._counters)
+            if self._closed:
+                shard.close()
+        return shard
+
+    async def _refresh(self) -> None:
+        refreshed = self._refreshed
+        async with self._refreshing:
+            if self._refreshed != refreshed:
+                return  # by another task, while this one waited
+            found = await self._dialer.discover()
+            self._refreshed += 1
+            self._refreshed_at = time.monotonic()
+            slots: list[Shard | None] = [None] * SLOTS
+            primaries: dict[Address, Shard] = {}
+            for part in found:
+                shard = primaries[part.primary] = self._server(part.primary)
+                slots[part.first : part.last + 1] = [shard] * (part.last + 1 - part.first)
+            if not primaries:
+                raise ConnectError(f"{self._dialer.url}: no server of the cluster has any slots")
+            gone = self._primaries.keys() - primaries.keys()
+            self._slots, self._primaries, self.shards = slots, primaries, tuple(primaries.values())
+            if gone:
+                self._replaced()
+
+    def close(self) -> None:
+        self._closed = True
+        for shard in self._servers.values():
+            shard.close()

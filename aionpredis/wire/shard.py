@@ -1,0 +1,101 @@
+"""One server: the connection to it that all tasks share, and those that one task has for itself."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import anyio
+
+from aionpredis.errors import ConnectError, UsageError
+from aionpredis.stats import Counters
+from aionpredis.wire.connection import Connection
+from aionpredis.wire.dial import Dialer
+
+__all__ = ["Shard"]
+
+
+class Shard:
+    """All data over one connection (two or three brought nothing: the server is the limit)."""
+
+    def __init__(self, dialer: Dialer, counters: Counters) -> None:
+        self.dialer = dialer
+        self._counters = counters
+        self._connection: Connection | None = None
+        self._spare: list[Connection] = []
+        self._dialing = anyio.Lock()
+        self._dialed = 0
+        self._failure: ConnectError | None = None  # of the last attempt
+        self._closed = False
+
+    @property
+    def live_connection(self) -> Connection | None:
+        """The shared data connection, if there is one that works."""
+        connection = self._connection
+        return connection if connection is not None and connection.lost is None else None
+
+    @property
+    def lost(self) -> Exception | None:
+        """Why the last shared connection does not work, or could not be made."""
+        if self._connection is not None and self._connection.lost is not None:
+            return self._connection.lost
+        return self._failure
+
+    async def connection(self) -> Connection:
+        """The shared data connection; made anew if the last one broke.
+
+        Raises:
+            ConnectError: the server cannot be reached. Tasks that waited for one attempt share its outcome.
+            UsageError: the client was closed meanwhile.
+        """
+        connection = self.live_connection
+        if connection is not None:
+            return connection
+        dialed = self._dialed
+        async with self._dialing:
+            if self._connection is None or self._connection.lost is not None:
+                if self._failure is not None and self._dialed != dialed:
+                    raise type(self._failure)(*self._failure.args)
+                self._failure = None
+                try:
+                    connection = await self.dialer.dial()
+                except ConnectError as error:
+                    self._failure = type(error)(*error.args)
+                    raise
+                finally:
+                    self._dialed += 1
+                self._counters.reconnects += self._connection is not None
+                self._connection = connection
+                if self._closed:
+                    self._connection.close()
+                    raise UsageError("the client was closed")
+            return self._connection
+
+    @asynccontextmanager
+    async def own(self) -> AsyncIterator[Connection]:
+        """A connection of one's own, for a command that blocks or spans several requests; kept for the next if still good."""
+        if self._spare:
+            connection = self._spare.pop()
+        else:
+            try:
+                connection = await self.dialer.dial()
+            except ConnectError as error:
+                self._failure = type(error)(*error.args)
+                raise
+        good = False
+        try:
+            yield connection
+            good = True
+        finally:
+            if good and not self._closed and connection.lost is None:
+                self._spare.append(connection)
+            else:
+                connection.close()
+
+    def close(self) -> None:
+        self._closed = True
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+        while self._spare:
+            self._spare.pop().close()
