@@ -56,7 +56,7 @@ from aionpredis.wire import resp
 from aionpredis.wire.cluster import Cluster
 from aionpredis.wire.connection import Connection
 from aionpredis.wire.dial import Dialer
-from aionpredis.wire.discovery import ClusterDialer
+from aionpredis.wire.discovery import ClusterDialer, open_source
 from aionpredis.wire.resp import Buffer, Reply
 from aionpredis.wire.shard import Shard
 from aionpredis.wire.topology import OneServer, Topology
@@ -108,7 +108,7 @@ class Client:
         self._max_value_bytes = max_value_bytes
         url = url if url is not None else os.environ.get("REDIS_URL")
         # An URL's mistakes show at once, not when it is first used.
-        self._dialer = None if url is None else Dialer(url, **self._settings)
+        self._dialer = None if url is None else open_source(url, **self._settings)
         self._embedded: Server | None = None
         self._topology: Topology | None = None
         self._last_loaded = b"", 0  # header and payload bytes of an array that mget() loaded
