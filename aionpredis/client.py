@@ -91,6 +91,7 @@ class Client:
         connect_timeout: float,
         retry_timeout: float,
         max_value_bytes: int,
+        read_replicas: bool,
         options: Mapping[str, Any],
     ) -> None:
         if isinstance(max_value_bytes, bool) or not isinstance(max_value_bytes, int) or max_value_bytes < 1:
@@ -106,6 +107,7 @@ class Client:
             **options,
         }
         self._max_value_bytes = max_value_bytes
+        self._read_replicas = read_replicas
         url = url if url is not None else os.environ.get("REDIS_URL")
         # An URL's mistakes show at once, not when it is first used.
         self._dialer = None if url is None else open_source(url, **self._settings)
@@ -133,7 +135,9 @@ class Client:
                 self._dialer = Dialer(self._embedded.url, **self._settings)
             self.faults.place = self.url
             if isinstance(self._dialer, ClusterDialer):
-                self._topology = Cluster(self._dialer, self.counters, self.faults.replaced)
+                self._topology = Cluster(
+                    self._dialer, self.counters, self.faults.replaced, read_replicas=self._read_replicas
+                )
             else:
                 self._topology = OneServer(Shard(self._dialer, self.counters))
             await self._topology.open()
@@ -325,6 +329,8 @@ class Client:
         sizes: tuple[int, ...],
         places: Sequence[memoryview],
         other: Callable[[Sequence[int], list[Any]], Awaitable[None]],
+        *,
+        immutable: bool = False,
     ) -> None:
         """``MGET``, in slices that are in flight together: what follows ``header`` in the value of ``keys[i]`` goes straight
         to the i-th ``len(sizes)`` of ``places``. For the modules built on the client.
@@ -336,7 +342,7 @@ class Client:
         topology = self.topology
         joined = topology.joins_keys
         window = slice_keys(size) * len(topology.shards)
-        pipeline: Pipeline[list[int]] = Pipeline(self)
+        pipeline: Pipeline[list[int]] = Pipeline(self, immutable=immutable)
         asked = 0
         try:
             while asked < len(keys) or len(pipeline):
@@ -399,7 +405,11 @@ class Client:
             NotAnArray, WrongKind, CorruptValue, ServerError: as for :meth:`get`.
         """
         value = await self.get_value(key)
-        return None if value is None else await self._open(codecs.open_record, value, key)
+        return None if value is None else await self.open_record(value, key)
+
+    async def open_record(self, value: NDArray[np.uint8], key: Key) -> dict[str, NDArray[Any]]:
+        """The record in a value."""
+        return await self._open(codecs.open_record, value, key)
 
     # --- keys and everything else --------------------------------------------------------------------------------------
 
@@ -533,21 +543,21 @@ class Client:
             raise UsageError("the client is not open: use it inside of `async with aionpredis.connect(…) as client:`")
         return self._topology
 
-    async def connection(self, key: bytes = b"") -> Connection:
-        """The shared data connection to who has the key, for the modules built on the client."""
+    async def connection(self, key: bytes = b"", *, immutable: bool = False) -> Connection:
+        """The shared data connection to who has the key (see :meth:`Topology.shard`), for the modules built on the client."""
         topology = self.topology
-        shard = topology.shard(key)
+        shard = topology.shard(key, immutable=immutable)
         connection = shard.live_connection
         if connection is None:
             if shard.lost is not None:
                 self.faults.begins(LOST, shard.lost)
-            connection = await (await topology.reach(key)).connection()
+            connection = await (await topology.reach(key, immutable=immutable)).connection()
             self.faults.ends(LOST)
         return connection
 
-    def live_connection(self, key: bytes = b"") -> Connection | None:
+    def live_connection(self, key: bytes = b"", *, immutable: bool = False) -> Connection | None:
         """That connection, if there is one that works."""
-        return None if self._topology is None else self._topology.shard(key).live_connection
+        return None if self._topology is None else self._topology.shard(key, immutable=immutable).live_connection
 
     @property
     def block_seconds(self) -> float:
@@ -562,7 +572,12 @@ class Client:
             yield connection
 
     async def request(
-        self, make: Callable[[], tuple[Sequence[Buffer], Reply]], key: bytes, *, repeatable: bool = True
+        self,
+        make: Callable[[], tuple[Sequence[Buffer], Reply]],
+        key: bytes,
+        *,
+        repeatable: bool = True,
+        immutable: bool = False,
     ) -> Reply:
         """Send what ``make`` makes to who has the key, and wait for its reply; again, after a fault that may pass, if that is
         harmless. All keys in it are on the shard of that one, as far as known.
@@ -571,7 +586,7 @@ class Client:
         while True:
             buffers, reply = make()
             try:
-                connection = await self.connection(key)
+                connection = await self.connection(key, immutable=immutable)
                 if not repeatable:
                     connection.check()  # once it is sent, a broken connection leaves the outcome unknown
                 await connection.wait(connection.submit(buffers, reply), eager=True)
@@ -596,12 +611,14 @@ class Client:
                     return reply  # who looks at its values raises it
             await anyio.sleep(pause)
 
-    async def get_value(self, key: Key) -> NDArray[np.uint8] | None:
-        """The bytes stored under a key, in aligned memory."""
+    async def get_value(self, key: Key, *, immutable: bool = False) -> NDArray[np.uint8] | None:
+        """The bytes stored under a key, in aligned memory. ``immutable``: they never change, so a replica may have them."""
         name = key_bytes(key)
         command = resp.encode("GET", name)
-        reply = await self.request(lambda: (command, ValueReply()), name)
+        reply = await self.request(lambda: (command, ValueReply()), name, immutable=immutable)
         value: NDArray[np.uint8] | None = self._raise(reply.values[0], "GET", key)
+        if value is None and immutable:
+            return await self.get_value(key)  # a replica may not have it yet
         return value
 
     async def encode_value(
@@ -648,6 +665,7 @@ def connect(
     connect_timeout: float = 10.0,
     retry_timeout: float = 30.0,
     max_value_bytes: int = MAX_VALUE,
+    read_replicas: bool = False,
     **options: Any,
 ) -> Client:
     """A client, to be opened with ``async with aionpredis.connect(url) as client:``.
@@ -660,8 +678,10 @@ def connect(
     ``connect_timeout``: seconds for connecting, with TLS and AUTH. ``retry_timeout``: seconds for which a server that broke
     the connection, is gone, or cannot answer yet is tried again, before the error is raised; 0: not at all, ``math.inf``:
     until the call is cancelled. Writers, actors and readers wait as long. Opening a client is one attempt.
-    ``max_value_bytes``: the longest value accepted, and the longest that a compressed one may become. ``options``: for
-    redis-py's connection (``credential_provider``, ``ssl_ca_certs``, ``client_name``, …).
+    ``max_value_bytes``: the longest value accepted, and the longest that a compressed one may become.
+    ``read_replicas``: in a cluster, have chunks of a replay and weights of a policy sent by replicas: they never change, and
+    what a replica does not have yet, its primary is asked for. Everything else is asked of primaries.
+    ``options``: for redis-py's connection (``credential_provider``, ``ssl_ca_certs``, ``client_name``, …).
 
     Raises:
         UsageError: the URL or an option is wrong.
@@ -674,5 +694,6 @@ def connect(
         connect_timeout=connect_timeout,
         retry_timeout=retry_timeout,
         max_value_bytes=max_value_bytes,
+        read_replicas=read_replicas,
         options=options,
     )

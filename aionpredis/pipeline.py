@@ -70,10 +70,12 @@ class Pipeline(Generic[T]):
 
     The requests must be repeatable: they are made and sent again when the connection broke, when the server refused them for
     a reason that may pass, and when a cancelled :meth:`next` is called again. No task and nothing to close belongs to it.
+    ``immutable``: what is asked for never changes, so a replica may answer; what is missing there, the primary may have.
     """
 
-    def __init__(self, client: Client) -> None:
+    def __init__(self, client: Client, *, immutable: bool = False) -> None:
         self._client = client
+        self._immutable = immutable
         self._entries: deque[_Entry[T]] = deque()
         self._window = 0
 
@@ -101,7 +103,7 @@ class Pipeline(Generic[T]):
         self._entries.append(entry)
         self._window += size
         self._client.counters.inflight_bytes += size
-        connection = self._client.live_connection(key)
+        connection = self._client.live_connection(key, immutable=self._immutable)
         if connection is not None:  # else next() submits it
             entry.submit(connection)
 
@@ -117,7 +119,7 @@ class Pipeline(Generic[T]):
             try:
                 for entry in self._entries:
                     if not entry.travels:
-                        entry.submit(await self._client.connection(entry.key))
+                        entry.submit(await self._client.connection(entry.key, immutable=self._immutable))
                 assert oldest.reply is not None
                 assert oldest.connection is not None
                 await oldest.connection.wait(oldest.reply)

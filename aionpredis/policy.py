@@ -234,9 +234,10 @@ class Policy:
         weights: Weights = {}
         missing: Weights = {}  # flat, of the arrays that were cut
         for key in announced.keys:
-            record = await self._client.get_record(key)
-            if record is None:
+            value = await self._client.get_value(key, immutable=True)
+            if value is None:
                 return None
+            record = await self._client.open_record(value, key)
             for name, array in record.items():
                 if name not in shapes:
                     weights[name] = array

@@ -271,7 +271,7 @@ class Fetcher:
 
     async def _receive(self, runs: list[_Run], job: _Job, wanted: tuple[str, ...]) -> list[_Run]:
         """Returns the runs that are not there, or in another file than expected."""
-        pipeline: Pipeline[list[_Run]] = Pipeline(self._client)
+        pipeline: Pipeline[list[_Run]] = Pipeline(self._client, immutable=True)
         asking = (run for run in runs if job.size(run))
         groups = slices(self._client.topology, asking, attrgetter("key"), job.size, MAX_RUNS)
         lost: list[_Run] = []

@@ -265,7 +265,7 @@ class Batches:
         self._handed_out: list[ChunkId] = []  # to a group, and not acknowledged
         self._position: Position | None = after or Position(log.run, 0, 0)
         self._groups: Iterator[list[_Wanted]] = iter(())
-        self._pipeline: Pipeline[list[_Wanted]] = Pipeline(client)
+        self._pipeline: Pipeline[list[_Wanted]] = Pipeline(client, immutable=True)
         self._arrived: deque[tuple[_Wanted, NDArray[np.uint8] | None]] = deque()  # have to be placed yet
         self._batches: deque[_Batch] = deque()
         self._recyclers: dict[str, Recycler] = {}  # by column

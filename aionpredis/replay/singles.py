@@ -49,7 +49,7 @@ class Singles:
                 if not place(value, head, places[number * count : (number + 1) * count]):
                     lost.append(number)
 
-        await self._client.receive_parts(keys, head, self._sizes, places, other)
+        await self._client.receive_parts(keys, head, self._sizes, places, other, immutable=True)
         return lost
 
     def _reserve(self, rows: int) -> None:

@@ -7,8 +7,9 @@ says that a slot has moved.
 from __future__ import annotations
 
 import itertools
+import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
 import anyio
@@ -41,16 +42,21 @@ class Cluster:
     """Keys by their slots: CRC16 of the key, or of its part in braces, modulo 16,384 (Redis cluster specification).
 
     ``replaced()`` is called when a server is none of the primaries any more: with a failover, what it had acknowledged last
-    may be lost.
+    may be lost. ``read_replicas``: replicas are asked for what never changes, in turn; a primary without one is asked itself.
     """
 
     joins_keys = False
 
-    def __init__(self, dialer: ClusterDialer, counters: Counters, replaced: Callable[[], None]) -> None:
+    def __init__(
+        self, dialer: ClusterDialer, counters: Counters, replaced: Callable[[], None], *, read_replicas: bool
+    ) -> None:
         self._dialer = dialer
         self._counters = counters
         self._replaced = replaced
-        self._servers: dict[Address, Shard] = {}  # all that were ever talked to
+        self._read_replicas = read_replicas
+        self._servers: dict[Address, Shard] = {}  # all that were ever talked to as a primary
+        self._replicas: dict[Address, Shard] = {}  # as a replica
+        self._readers: dict[Shard, Iterator[Shard]] = {}  # by primary
         self._primaries: dict[Address, Shard] = {}
         self.shards: Sequence[Shard] = ()
         self._slots: list[Shard | None] = [None] * SLOTS
@@ -63,9 +69,10 @@ class Cluster:
         await self._refresh()
         await self.shards[0].connection()
 
-    def shard(self, key: bytes) -> Shard:
+    def shard(self, key: bytes, *, immutable: bool = False) -> Shard:
         # Of a slot that nobody serves any server says so, or who does by now.
-        return self._slots[key_slot(key)] or self.shards[0]
+        shard = self._slots[key_slot(key)] or self.shards[0]
+        return next(self._readers[shard]) if immutable and shard in self._readers else shard
 
     def groups(self, items: list[T], key: Callable[[T], bytes]) -> list[list[T]]:
         groups: dict[Shard, list[T]] = {}
@@ -81,15 +88,15 @@ class Cluster:
             keys.setdefault(self.shard(key), key)
         return list(keys.values())
 
-    async def reach(self, key: bytes) -> Shard:
+    async def reach(self, key: bytes, *, immutable: bool = False) -> Shard:
         """
         Raises:
             ConnectError: no server of the cluster can be asked for the map.
         """
-        shard = self.shard(key)
+        shard = self.shard(key, immutable=immutable)
         if shard.lost is not None:
             await self._refresh()
-            shard = self.shard(key)
+            shard = self.shard(key, immutable=immutable)
         return shard
 
     async def learn(self, error: Redirected) -> None:
@@ -164,11 +171,23 @@ class Cluster:
             if not primaries:
                 raise ConnectError(f"{self._dialer.url}: no server of the cluster has any slots")
             gone = self._primaries.keys() - primaries.keys()
+            if self._read_replicas:
+                self._readers = {
+                    primaries[part.primary]: self._in_turn(part.replicas) for part in found if part.replicas
+                }
             self._slots, self._primaries, self.shards = slots, primaries, tuple(primaries.values())
             if gone:
                 self._replaced()
 
+    def _in_turn(self, replicas: Sequence[Address]) -> Iterator[Shard]:
+        for address in replicas:
+            if address not in self._replicas:
+                self._replicas[address] = Shard(self._dialer.at(address), self._counters, readonly=True)
+        # Each client begins with another one.
+        first = random.randrange(len(replicas))
+        return itertools.cycle([self._replicas[address] for address in (*replicas[first:], *replicas[:first])])
+
     def close(self) -> None:
         self._closed = True
-        for shard in self._servers.values():
+        for shard in (*self._servers.values(), *self._replicas.values()):
             shard.close()

@@ -16,10 +16,14 @@ __all__ = ["Shard"]
 
 
 class Shard:
-    """All data over one connection (two or three brought nothing: the server is the limit)."""
+    """All data over one connection (two or three brought nothing: the server is the limit).
 
-    def __init__(self, dialer: Dialer, counters: Counters) -> None:
+    ``readonly``: the server is a cluster's replica, and shall answer nevertheless.
+    """
+
+    def __init__(self, dialer: Dialer, counters: Counters, *, readonly: bool = False) -> None:
         self.dialer = dialer
+        self._readonly = readonly
         self._counters = counters
         self._connection: Connection | None = None
         self._spare: list[Connection] = []
@@ -58,7 +62,7 @@ class Shard:
                     raise type(self._failure)(*self._failure.args)
                 self._failure = None
                 try:
-                    connection = await self.dialer.dial()
+                    connection = await self.dialer.dial(readonly=self._readonly)
                 except ConnectError as error:
                     self._failure = type(error)(*error.args)
                     raise

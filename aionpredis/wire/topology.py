@@ -26,8 +26,10 @@ class Topology(Protocol):
     async def open(self) -> None:
         """Reach it for the first time."""
 
-    def shard(self, key: bytes) -> Shard:
-        """Which has the key, as far as known."""
+    def shard(self, key: bytes, *, immutable: bool = False) -> Shard:
+        """Which has the key, as far as known. ``immutable``: what is read there never changes, so that a replica may answer,
+        which has it or not yet.
+        """
 
     def groups(self, items: list[T], key: Callable[[T], bytes]) -> list[list[T]]:
         """The items by the shards of their keys, each group in order."""
@@ -35,7 +37,7 @@ class Topology(Protocol):
     def each(self) -> list[bytes]:
         """A key of each shard, for commands that have none."""
 
-    async def reach(self, key: bytes) -> Shard:
+    async def reach(self, key: bytes, *, immutable: bool = False) -> Shard:
         """Which has the key, after looking again if there is a reason to."""
 
     async def learn(self, error: Redirected) -> None:
@@ -60,7 +62,7 @@ class OneServer:
     async def open(self) -> None:
         await self._shard.connection()
 
-    def shard(self, key: bytes) -> Shard:
+    def shard(self, key: bytes, *, immutable: bool = False) -> Shard:
         return self._shard
 
     def groups(self, items: list[T], key: Callable[[T], bytes]) -> list[list[T]]:
@@ -69,7 +71,7 @@ class OneServer:
     def each(self) -> list[bytes]:
         return [b""]
 
-    async def reach(self, key: bytes) -> Shard:
+    async def reach(self, key: bytes, *, immutable: bool = False) -> Shard:
         return self._shard
 
     async def learn(self, error: Redirected) -> None:

@@ -172,7 +172,7 @@ class _Saving:
 
     async def _values(self) -> AsyncGenerator[tuple[ChunkId, NDArray[np.uint8] | None]]:
         """The chunks as they are on the server, in order; ``None`` for one that is not there."""
-        pipeline: Pipeline[list[_Wanted]] = Pipeline(self._client)
+        pipeline: Pipeline[list[_Wanted]] = Pipeline(self._client, immutable=True)
         wanted = (
             _Wanted(number, self._names.data(self._run, chunk), chunk.rows * self._schema.row_nbytes)
             for number, chunk in enumerate(self._chunks)

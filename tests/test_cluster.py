@@ -1,0 +1,270 @@
+"""A client of a cluster: every key goes to the server that has it, also while that changes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import anyio
+import anyio.to_thread
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+import aionpredis
+from aionpredis import Redirected, ServerError, ServerUnavailable
+from aionpredis.wire import resp
+
+from .cluster import Cluster, slot_of
+from .nodes import Node
+
+pytestmark = pytest.mark.anyio
+
+KEYS = [f"key{number}" for number in range(300)]
+
+
+def array(number: int) -> NDArray[np.int64]:
+    return np.full(100, number)
+
+
+def is_array(found: object, number: int) -> bool:
+    return isinstance(found, np.ndarray) and np.array_equal(found, array(number))
+
+
+async def fill(client: aionpredis.Client) -> None:
+    for number, key in enumerate(KEYS):
+        await client.set(key, array(number))
+
+
+def other(cluster: Cluster, node: Node) -> Node:
+    return next(primary for primary in cluster.primaries() if primary is not node)
+
+
+@contextmanager
+def migrating(cluster: Cluster, key: str, *, moved: bool) -> Iterator[Node]:
+    """While the key's slot is on its way to another primary, which has the key already or not."""
+    slot = slot_of(key)
+    target = other(cluster, cluster.owner(slot))
+    with cluster.migrating(slot, target, [key] if moved else []):
+        yield target
+
+
+async def test_every_call_finds_its_keys_wherever_they_are(cluster: Cluster) -> None:
+    async with aionpredis.connect(cluster.url) as client:
+        await fill(client)
+        held = [node.call("DBSIZE") for node in cluster.primaries()]
+        assert sum(held) == len(KEYS)
+        assert min(held) > 0
+        out = np.empty((len(KEYS) + 1, 100), np.int64)
+        found = await client.mget([*KEYS, "missing"], out=out)
+        assert found.tolist() == [True] * len(KEYS) + [False]
+        assert (out[:-1] == np.arange(len(KEYS))[:, None]).all()
+        assert not out[-1].any()
+        arrays = await client.mget(["missing", *reversed(KEYS)])
+        assert arrays[0] is None
+        assert [int(one[7]) for one in arrays[1:]] == list(reversed(range(len(KEYS))))
+        await client.set_record("record", {"x": array(3)})
+        record = await client.get_record("record")
+        assert record is not None
+        assert np.array_equal(record["x"], array(3))
+        assert await client.exists(*KEYS, "missing", KEYS[0]) == len(KEYS) + 1
+        assert await client.delete(*KEYS[:100], "missing") == 100
+        assert await client.exists(*KEYS) == len(KEYS) - 100
+
+
+async def test_mget_of_a_key_that_holds_no_string_finds_nothing(cluster: Cluster) -> None:
+    async with aionpredis.connect(cluster.url) as client:
+        await fill(client)
+        for key in KEYS[::50]:
+            await client.delete(key)
+            await client.execute("LPUSH", key, "x")
+        out = np.empty((len(KEYS), 100), np.int64)
+        found = await client.mget(KEYS, out=out)
+        assert [key for key, is_there in zip(KEYS, found, strict=True) if not is_there] == KEYS[::50]
+        arrays = await client.mget(KEYS)
+        assert [key for key, one in zip(KEYS, arrays, strict=True) if one is None] == KEYS[::50]
+
+
+async def test_execute_asks_the_server_for_the_place_of_a_key(cluster: Cluster) -> None:
+    async with aionpredis.connect(cluster.url) as client:
+        for key in KEYS[:20]:
+            await client.execute("SET", key, "1")
+            assert await client.execute("INCRBY", key, 4) == 5
+            assert await client.execute("EVAL", "return redis.call('GET', KEYS[1])", 1, key) == b"5"
+            assert await client.execute("OBJECT", "ENCODING", key) == b"int"
+            assert await client.execute("BITCOUNT", key) == 4  # of no table here
+        assert await client.execute("PING") == b"PONG"
+        with pytest.raises(ServerError, match="NOSUCH"):
+            await client.execute("NOSUCH", "x")
+        with pytest.raises(ServerError, match=r"\{common\}"):
+            await client.execute("RENAME", "a", "b")
+
+
+@pytest.mark.parametrize("moved", [True, False])
+async def test_a_slot_that_moves_is_followed(cluster: Cluster, moved: bool) -> None:
+    async with aionpredis.connect(cluster.url) as client:
+        await fill(client)
+        key = KEYS[11]
+        out = np.empty((len(KEYS), 100), np.int64)
+        with migrating(cluster, key, moved=moved) as target:
+            assert is_array(await client.get(key), 11)
+            assert is_array(await client.get(key, out=out[0]), 11)
+            assert (await client.mget(KEYS, out=out)).all()
+            assert (out == np.arange(len(KEYS))[:, None]).all()
+            arrays = await client.mget(KEYS)
+            assert [int(one[0]) for one in arrays] == list(range(len(KEYS)))
+            await client.set(key, array(-11))
+            new = f"{{{key}}}:new"  # only the target takes it
+            await client.set(new, array(12))
+            assert await client.exists(key, new, KEYS[0]) == 3
+            assert await client.execute("STRLEN", new) > 800
+            assert target.call("CLUSTER", "COUNTKEYSINSLOT", slot_of(key)) == 1 + moved
+        assert is_array(await client.get(key), -11)
+        assert is_array(await client.get(new), 12)
+        assert await client.delete(key, new) == 2
+        assert client.stats().errors == {}
+
+
+async def test_a_moved_slot_is_looked_for_once(cluster: Cluster) -> None:
+    async with aionpredis.connect(cluster.url) as client:
+        await fill(client)
+        slot = slot_of(KEYS[0])
+        cluster.migrate(slot, other(cluster, cluster.owner(slot)))
+        assert is_array(await client.get(KEYS[0]), 0)
+        requests = client.stats().requests
+        assert is_array(await client.get(KEYS[0]), 0)
+        assert client.stats().requests == requests + 1
+
+
+async def test_keys_of_one_command_that_are_parted_are_waited_for(cluster: Cluster) -> None:
+    keys = "{k}:1", "{k}:2"
+    slot = slot_of(keys[0])
+    async with aionpredis.connect(cluster.url, retry_timeout=20) as client:
+        for key in keys:
+            await client.execute("SET", key, key)
+        target = other(cluster, cluster.owner(slot))
+        found: list[object] = []
+
+        async def ask() -> None:
+            found.append(await client.call("MGET", *keys, repeatable=True))
+
+        with anyio.fail_after(30):
+            async with anyio.create_task_group() as tasks:
+                with cluster.migrating(slot, target, [keys[1]]):
+                    tasks.start_soon(ask)
+                    await anyio.sleep(0.3)
+                    assert not found
+                    assert client.stats().errors["TRYAGAIN"]
+        assert found == [[key.encode() for key in keys]]
+
+
+@pytest.mark.parametrize("graceful", [True, False])
+async def test_a_replica_that_takes_over_is_found(cluster: Cluster, graceful: bool) -> None:
+    async with aionpredis.connect(cluster.url, retry_timeout=30) as client:
+        await fill(client)
+        for node in cluster.primaries():
+            node.call("WAIT", 1, 5000)
+        stop = anyio.Event()
+        read = 0
+
+        async def reads() -> None:
+            nonlocal read
+            out = np.empty((len(KEYS), 100), np.int64)
+            while not stop.is_set():
+                assert (await client.mget(KEYS, out=out)).all()
+                assert (out == np.arange(len(KEYS))[:, None]).all()
+                read += 1
+
+        with anyio.fail_after(60):
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(reads)
+                old = cluster.owner(slot_of(KEYS[0]))
+                new = await anyio.to_thread.run_sync(lambda: cluster.failover(old, graceful=graceful))
+                assert new is cluster.owner(slot_of(KEYS[0]))
+                before = read
+                while read < before + 3:
+                    await anyio.sleep(0.01)
+                stop.set()
+        assert bool(client.stats().errors) is not graceful
+        assert client.faults.changes > 0  # what the old one acknowledged last may be lost: followers look again
+
+
+async def test_a_cluster_that_is_gone_is_an_error_after_the_time_to_retry() -> None:
+    with Cluster(replicas=0) as cluster:
+        async with aionpredis.connect(cluster.url, retry_timeout=0.5) as client:
+            await fill(client)
+            cluster.kill(cluster.owner(slot_of("a")))
+            with pytest.raises((aionpredis.ConnectError, aionpredis.ConnectionLost, ServerUnavailable)):
+                await client.get("a")
+            for node in cluster.nodes:
+                if node.answers:
+                    cluster.kill(node)
+            with pytest.raises((aionpredis.ConnectError, aionpredis.ConnectionLost)):
+                await client.get("a")
+
+
+async def test_replicas_answer_what_never_changes(cluster: Cluster) -> None:
+    async with aionpredis.connect(cluster.url, read_replicas=True) as client:
+        weights = {"w": np.arange(1000.0)}
+        policy = client.policy("p")
+        for version in range(1, 7):
+            await policy.publish(weights)
+            for node in cluster.primaries():
+                node.call("WAIT", 1, 5000)
+            before = [calls(node, "get") for node in cluster.nodes]
+            found = await policy.get(version)
+            assert found is not None
+            assert np.array_equal(found.weights["w"], weights["w"])
+            after = [calls(node, "get") for node in cluster.nodes]
+            (asked,) = [node for node, b, a in zip(cluster.nodes, before, after, strict=True) if a > b]
+            assert asked.info()["role"] == "slave"
+        await client.set("k", array(1))
+        before = [calls(node, "get") for node in cluster.nodes]
+        assert is_array(await client.get("k"), 1)  # may change, so only the primary knows
+        after = [calls(node, "get") for node in cluster.nodes]
+        (asked,) = [node for node, b, a in zip(cluster.nodes, before, after, strict=True) if a > b]
+        assert asked is cluster.owner(slot_of("k"))
+
+
+async def test_what_a_replica_does_not_have_comes_from_its_primary(cluster: Cluster) -> None:
+    owner = cluster.owner(slot_of("k"))
+    (replica,) = cluster.replicas(owner)
+    async with aionpredis.connect(cluster.url, read_replicas=True) as client:
+        await client.set("k", array(5))
+        assert owner.call("WAIT", 1, 5000) == 1
+        replica.call("CONFIG", "SET", "replica-read-only", "no")
+        try:
+            replica.call("FLUSHALL")
+            before = calls(owner, "get"), calls(replica, "get")
+            value = await client.get_value("k", immutable=True)
+            assert value is not None
+            assert bytes(value[-8:]) == array(5)[-1:].tobytes()
+            assert (calls(owner, "get"), calls(replica, "get")) == (before[0] + 1, before[1] + 1)
+        finally:
+            replica.call("CONFIG", "SET", "replica-read-only", "yes")
+
+
+def calls(node: Node, command: str) -> int:
+    """How often a server ran a command."""
+    facts: dict[str, dict[str, int]] = node.call("INFO", "commandstats")
+    return facts.get(f"cmdstat_{command}", {}).get("calls", 0)
+
+
+async def test_a_client_of_one_server_says_that_there_are_more(cluster: Cluster) -> None:
+    node = cluster.primaries()[0]
+    key = next(key for key in KEYS if cluster.owner(slot_of(key)) is not node)
+    async with aionpredis.connect(f"redis://{node.address}:{node.port}") as client:
+        with pytest.raises(Redirected, match=r"redis\+cluster://") as caught:
+            await client.get(key)
+        owner = cluster.owner(slot_of(key))
+        assert caught.value.address == (owner.address, owner.port)
+        assert caught.value.slot == slot_of(key)
+        assert not caught.value.asks
+
+
+@given(st.lists(st.lists(st.binary(max_size=2000), min_size=1, max_size=4), min_size=1, max_size=6))
+def test_a_request_can_be_split_into_its_commands(commands: list[list[bytes]]) -> None:
+    whole = [b"".join(bytes(buffer) for buffer in resp.encode(*command)) for command in commands]
+    assert [bytes(part) for part in resp.split(b"".join(whole))] == whole
