@@ -18,7 +18,8 @@ from typing import Final
 
 from redis.crc import REDIS_CLUSTER_HASH_SLOTS, key_slot
 
-from .nodes import Hosts, Node, Nodes, wait
+from .hosts import Hosts
+from .nodes import Node, Nodes, wait
 
 __all__ = ["Cluster", "slot_of"]
 

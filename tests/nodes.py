@@ -9,13 +9,12 @@ import os
 import random
 import signal
 import socket
-import tempfile
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final, Protocol, Self
+from typing import Any, Final, Self
 from urllib.parse import quote
 
 import redis
@@ -24,19 +23,11 @@ from redis.retry import Retry
 
 from aionpredis.server import Server, _packaged_binary
 
+from .hosts import Hosts, folder
+
 # These, and the ports of the cluster bus 10,000 above, are below those that the kernel gives to clients (32768 and up).
 _PORTS: Final = range(10_000, 22_000)
 _BUS: Final = 10_000
-
-
-class Hosts(Protocol):
-    """Where nodes run: see hosts.py."""
-
-    def __len__(self) -> int: ...
-    def address(self, host: int) -> str: ...
-    def binary(self, host: int, binary: Path) -> Path:
-        """An executable that runs ``binary`` on this host."""
-        ...
 
 
 def wait(condition: Callable[[], object], what: str, timeout: float = 20.0) -> None:
@@ -78,7 +69,9 @@ class Node:
         self.id = ""  # a cluster's name for it
         self.stopped = False
         self._password = password
-        self._server = Server(port=port, binary=binary, config={"bind": address, "protected-mode": "no", **config})
+        # Nodes know each other by the addresses that their connections come from.
+        own = {"bind": address, "bind-source-addr": address, "protected-mode": "no"}
+        self._server = Server(port=port, binary=binary, config=own | dict(config))
 
     def start(self) -> None:
         """Start it; what a process before this one had in memory is lost."""
@@ -153,7 +146,7 @@ class Nodes:
 
     def __enter__(self) -> Self:
         try:
-            self._folder = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="aionpredis-nodes-")))
+            self._folder = self._stack.enter_context(folder())
             self._start()
         except BaseException:
             self._stack.close()

@@ -15,7 +15,8 @@ from functools import partial
 from typing import Final
 from urllib.parse import quote
 
-from .nodes import Hosts, Node, Nodes, wait
+from .hosts import Hosts
+from .nodes import Node, Nodes, wait
 
 __all__ = ["SERVICE", "Sentinels"]
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,7 +16,7 @@ from redis.retry import Retry
 
 from .cluster import Cluster, slot_of
 from .nodes import Node
-from .servers import exists
+from .servers import exists, until
 
 
 @pytest.fixture
@@ -96,10 +98,22 @@ def test_a_stopped_node_is_silent_and_healed(cluster: Cluster) -> None:
     assert node.admin.ping()
 
 
-def test_nothing_is_left_of_a_cluster() -> None:
-    with Cluster(primaries=1, replicas=0) as cluster:
-        folder, pid = cluster._folder, cluster.nodes[0].pid
-        assert list(folder.iterdir())
-        cluster.stop(cluster.nodes[0])
-    assert not exists(pid)
-    assert not Path(folder).exists()
+ENDS = """
+import os
+from tests.cluster import Cluster
+
+with Cluster(primaries=1, replicas=0) as cluster:
+    print(cluster.nodes[0].pid, cluster._folder, flush=True)
+    cluster.stop(cluster.nodes[0])
+    {end}
+"""
+
+
+@pytest.mark.parametrize("end", ["pass", "os._exit(0)"], ids=["left", "ended"])
+def test_nothing_is_left_of_a_cluster(end: str) -> None:
+    root = Path(__file__).parent.parent
+    program = subprocess.run(
+        [sys.executable, "-c", ENDS.format(end=end)], cwd=root, capture_output=True, text=True, check=True
+    )
+    pid, folder = program.stdout.split()
+    until(lambda: not exists(int(pid)) and not Path(folder).exists(), "neither process nor folder is left")
