@@ -59,6 +59,7 @@ from aionpredis.wire.dial import Dialer
 from aionpredis.wire.discovery import ClusterDialer, open_source
 from aionpredis.wire.resp import Buffer, Reply
 from aionpredis.wire.shard import Shard
+from aionpredis.wire.source import Servers
 from aionpredis.wire.topology import OneServer, Topology
 
 if TYPE_CHECKING:
@@ -84,7 +85,7 @@ class Client:
 
     def __init__(
         self,
-        url: str | None,
+        source: Servers | None,
         *,
         codec: str | Codec | None,
         timeout: float,
@@ -108,9 +109,9 @@ class Client:
         }
         self._max_value_bytes = max_value_bytes
         self._read_replicas = read_replicas
-        url = url if url is not None else os.environ.get("REDIS_URL")
+        source = source if source is not None else os.environ.get("REDIS_URL")
         # An URL's mistakes show at once, not when it is first used.
-        self._dialer = None if url is None else open_source(url, **self._settings)
+        self._dialer = None if source is None else open_source(source, **self._settings)
         self._embedded: Server | None = None
         self._topology: Topology | None = None
         self._last_loaded = b"", 0  # header and payload bytes of an array that mget() loaded
@@ -658,7 +659,7 @@ def _header(out: NDArray[Any]) -> bytes:
 
 
 def connect(
-    url: str | None = None,
+    source: Servers | None = None,
     *,
     codec: str | Codec | None = None,
     timeout: float = 30.0,
@@ -670,9 +671,18 @@ def connect(
 ) -> Client:
     """A client, to be opened with ``async with aionpredis.connect(url) as client:``.
 
-    ``url``: ``redis://[user:password@]host[:port][/db]``, ``rediss://…`` (TLS, verified), ``unix:///path[?db=0]``.
-    Without one: the environment's ``REDIS_URL``, else an embedded server that lives as long as the client
-    (``pip install "aionpredis[server]"``).
+    ``source``: where the servers are.
+
+    - ``redis://[user:password@]host[:port][/db]``, ``rediss://…`` (TLS, verified), ``unix:///path[?db=0]``.
+    - ``redis+cluster://[user:password@]host:port,host:port``, ``rediss+cluster://…``: some nodes of a cluster.
+    - ``redis+sentinel://[user:password@]host:port,host:port/service[/db]``, ``rediss+sentinel://…``: Sentinels, which are
+      asked at every connect for the service's primary. Their own password, if they have one: ``sentinel_username``,
+      ``sentinel_password``, here or behind the URL's ``?``.
+    - A client of redis-py, blocking or asyncio: ``Redis``, ``RedisCluster``, or from ``Sentinel.master_for()``. Addresses,
+      credentials and TLS are taken over as it was told them; its connections are not touched, and time-outs are those below.
+    - None: the environment's ``REDIS_URL``, else an embedded server that lives as long as the client
+      (``pip install "aionpredis[server]"``).
+
     ``codec``: how values are stored unless a call says otherwise: ``None`` or ``"raw"``, ``"lz4"``, or a registered one.
     ``timeout``: seconds **without progress** after which a connection is given up; a long transfer may take longer.
     ``connect_timeout``: seconds for connecting, with TLS and AUTH. ``retry_timeout``: seconds for which a server that broke
@@ -681,14 +691,16 @@ def connect(
     ``max_value_bytes``: the longest value accepted, and the longest that a compressed one may become.
     ``read_replicas``: in a cluster, have chunks of a replay and weights of a policy sent by replicas: they never change, and
     what a replica does not have yet, its primary is asked for. Everything else is asked of primaries.
-    ``options``: for redis-py's connection (``credential_provider``, ``ssl_ca_certs``, ``client_name``, …).
+    ``options``: for redis-py's connection (``credential_provider``, ``ssl_ca_certs``, ``client_name``, …), and
+    ``address_remap`` for a cluster whose servers are reached elsewhere than they say. They override a client's; a URL
+    overrides them.
 
     Raises:
-        UsageError: the URL or an option is wrong.
+        UsageError: the source or an option is wrong.
         ConnectError, AuthenticationError: on opening.
     """
     return Client(
-        url,
+        source,
         codec=codec,
         timeout=timeout,
         connect_timeout=connect_timeout,

@@ -30,7 +30,7 @@ from aionpredis.wire.advice import advice, chain, is_refusal, scrub, secrets
 from aionpredis.wire.connection import Connection
 from aionpredis.wire.sentinel import Sentinels
 from aionpredis.wire.socket import Socket, wrap
-from aionpredis.wire.source import LOOKS_LIKE, Source, place, read
+from aionpredis.wire.source import LOOKS_LIKE, Servers, Source, place, read
 
 __all__ = ["Dialer"]
 
@@ -51,7 +51,7 @@ class Dialer:
 
     def __init__(
         self,
-        source: Any,
+        source: Servers | Source,
         *,
         connect_timeout: float,
         timeout: float,

@@ -17,7 +17,7 @@ from aionpredis.errors import AuthenticationError, ConnectError, ConnectionLost,
 from aionpredis.wire import resp
 from aionpredis.wire.dial import Dialer
 from aionpredis.wire.resp import Reply
-from aionpredis.wire.source import Address, Source, read
+from aionpredis.wire.source import Address, Servers, Source, read
 
 __all__ = ["Address", "ClusterDialer", "Slots", "open_source"]
 
@@ -109,15 +109,16 @@ class ClusterDialer:
     async def _ask(self, node: Address) -> list[Slots]:
         dialer = self.at(node)
         slots: list[Slots] | None = None
+        deadline = anyio.current_time() + self._connect_timeout  # of both
         try:
-            with anyio.move_on_after(self._connect_timeout):
-                connection = await dialer.dial()
-                try:
+            connection = await dialer.dial()
+            try:
+                with anyio.CancelScope(deadline=deadline):
                     reply = connection.submit(resp.encode("CLUSTER", "SLOTS"), Reply())
                     await connection.wait(reply)
-                finally:
-                    connection.close()
-                slots = _parse(reply.result(), node)
+                    slots = _parse(reply.result(), node)
+            finally:
+                connection.close()
         except ServerError as error:
             raise ConnectError(
                 f"{dialer.url} is not known as part of a cluster: {error.about('CLUSTER SLOTS')}"
@@ -155,7 +156,7 @@ def _address(parsed: tuple[str, Any]) -> Address:
     return parsed[0], int(parsed[1])
 
 
-def open_source(source: Any, **settings: Any) -> Dialer | ClusterDialer:
+def open_source(source: Servers, **settings: Any) -> Dialer | ClusterDialer:
     """What makes connections to the server, or the servers, that a URL or a client of redis-py names. ``settings``: as for
     :class:`Dialer`, and ``address_remap`` for a cluster.
 

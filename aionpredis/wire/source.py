@@ -14,11 +14,15 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import redis
+import redis.asyncio
 from redis.connection import parse_url
 
 from aionpredis.errors import UsageError
 
-__all__ = ["LOOKS_LIKE", "Address", "Source", "place", "read"]
+__all__ = ["LOOKS_LIKE", "Address", "Servers", "Source", "place", "read"]
+
+Servers = str | redis.Redis | redis.RedisCluster | redis.asyncio.Redis | redis.asyncio.RedisCluster
+"""What names them: a URL, or a client of redis-py."""
 
 Address = tuple[str, int]
 """Host and port."""
@@ -71,7 +75,7 @@ class Source:
         return given | dict(options)
 
 
-def read(source: Any) -> Source:
+def read(source: Servers) -> Source:
     """What a URL or a client of redis-py says.
 
     Raises:
