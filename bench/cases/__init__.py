@@ -1,6 +1,6 @@
 """One module a case."""
 
-from bench.cases import codec, large, latency, memory, policy, read, replay, sizes, write
+from bench.cases import cluster, codec, large, latency, memory, policy, read, replay, sizes, write
 from bench.harness import Case
 
 CASES: dict[str, Case] = {
@@ -15,5 +15,8 @@ CASES: dict[str, Case] = {
         sizes.CASE,
         codec.CASE,
         memory.CASE,
+        cluster.WRITE,
+        cluster.READ,
+        cluster.REPLAY,
     )
 }
