@@ -108,10 +108,17 @@ class Cluster(Nodes):
         self.wait_ok()
         return next(node for node in replicas if node.info()["role"] == "master")
 
-    def migrate(self, slot: int, to: Node) -> None:
-        """Move a slot with its keys to another primary, while clients go on."""
-        with self.migrating(slot, to):
-            pass
+    def migrate(self, slot: int, to: Node, *, atomic: bool = False) -> None:
+        """Move a slot with its keys to another primary, while clients go on.
+
+        ``atomic``: all at once, as only Valkey 9 can: nobody is ever told to ASK.
+        """
+        if not atomic:
+            with self.migrating(slot, to):
+                return
+        self.owner(slot).call("CLUSTER", "MIGRATESLOTS", "SLOTSRANGE", slot, slot, "NODE", to.id)
+        wait(lambda: self.owner(slot) is to, f"slot {slot} moves")
+        self.wait_ok()
 
     @contextmanager
     def migrating(self, slot: int, to: Node, keys: Iterable[str] = ()) -> Iterator[Node]:
