@@ -569,7 +569,7 @@ class Client:
     async def blocking(self, key: bytes = b"") -> AsyncIterator[Connection]:
         """A connection of one's own to who has the key: see :meth:`Shard.own`."""
         shard = await self.topology.reach(key)
-        async with shard.own() as connection:
+        async with shard.own(self.block_seconds) as connection:
             yield connection
 
     async def request(

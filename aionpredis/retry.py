@@ -111,6 +111,12 @@ LOST = "lost connection"
 CHANGES = {"LOADING", "READONLY", "MASTERDOWN", "UNBLOCKED"}
 """Refusals of a server whose data are being replaced, or whose role was changed."""
 
+_ELSEWHERE = {
+    "READONLY": "the server has become a replica",
+    "CLUSTERDOWN": "the server has lost its cluster",
+}
+"""Refusals of a server that may have been replaced."""
+
 ANSWERS = {"ERR", "BUSYGROUP", "NOGROUP"}
 """Codes of errors that are no faults: a stream that does not exist, an id that is taken, a command that is wrong."""
 
@@ -150,8 +156,8 @@ class Retry:
         self.attempts += 1
         elapsed = now - self._began
         kind = faults.meets(error)
-        if kind == "READONLY" and connection is not None:
-            connection.abort(ConnectionLost("the server has become a replica"))
+        if kind in _ELSEWHERE and connection is not None:
+            connection.abort(ConnectionLost(_ELSEWHERE[kind]))
         is_final = isinstance(error, FINAL)
         if is_final or elapsed >= self._seconds - 1e-6:  # now - (now - x) may be less than x
             if self.attempts > 1 and not is_final and GIVEN_UP not in str(error):  # who called may have tried by itself

@@ -415,12 +415,12 @@ MUTATIONS = [
         "wire: a broken connection is kept",
         [
             (
-                "wire/topology.py",
+                "wire/shard.py",
                 "return connection if connection is not None and connection.lost is None else None",
                 "return connection",
             ),
             (
-                "wire/topology.py",
+                "wire/shard.py",
                 "if self._connection is None or self._connection.lost is not None:",
                 "if self._connection is None:",
             ),
@@ -445,12 +445,12 @@ MUTATIONS = [
     ),
     Mutation(
         "wire: silence is waited for without end",
-        [(CONNECTION, "            if not (ready or self._receive() or self._send()):", "            if False:")],
+        [(CONNECTION, "            if silence >= self._timeout:", "            if False:")],
         CONNECTION_TESTS,
     ),
     Mutation(
         "wire: a busy event loop is taken for silence",
-        [(CONNECTION, "if not (ready or self._receive() or self._send()):", "if not ready:")],
+        [(CONNECTION, "            if ready or self._receive() or self._send():", "            if ready:")],
         CONNECTION_TESTS,
     ),
     Mutation(

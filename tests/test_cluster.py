@@ -268,3 +268,50 @@ async def test_a_client_of_one_server_says_that_there_are_more(cluster: Cluster)
 def test_a_request_can_be_split_into_its_commands(commands: list[list[bytes]]) -> None:
     whole = [b"".join(bytes(buffer) for buffer in resp.encode(*command)) for command in commands]
     assert [bytes(part) for part in resp.split(b"".join(whole))] == whole
+
+
+async def test_a_server_that_falls_silent_is_left_when_another_takes_its_place(cluster: Cluster) -> None:
+    async with aionpredis.connect(cluster.url, timeout=60) as client:
+        await client.set("k", array(1))
+        owner = cluster.owner(slot_of("k"))
+        assert owner.call("WAIT", 1, 5000) == 1
+        cluster.stop(owner)  # its connections stay open, and nothing comes
+        try:
+            with anyio.fail_after(30):
+                assert is_array(await client.get("k"), 1)
+            assert client.stats().errors["ConnectionLost"] == 1
+        finally:
+            cluster.cont(owner)
+
+
+async def test_one_who_waits_at_a_silent_server_is_told_when_another_takes_its_place(cluster: Cluster) -> None:
+    found: list[int] = []
+
+    async def watch(client: aionpredis.Client) -> None:
+        async for version, _ in client.policy("p").watch():
+            found.append(version)
+            if version == 2:
+                break
+
+    async with aionpredis.connect(cluster.url, timeout=60) as client, aionpredis.connect(cluster.url) as publisher:
+        await publisher.policy("p").publish({"w": array(1)})
+        for node in cluster.primaries():
+            node.call("WAIT", 1, 5000)
+        owner = cluster.owner(slot_of("{p}:policy"))
+        with anyio.fail_after(45):
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(watch, client)
+                while not found:
+                    await anyio.sleep(0.01)
+                await anyio.sleep(0.1)  # it waits for the next one
+                (replica,) = cluster.replicas(owner)
+                cluster.stop(owner)
+                try:
+                    while (await anyio.to_thread.run_sync(replica.info))["role"] != "master":
+                        await anyio.sleep(0.05)
+                    await publisher.policy("p").publish({"w": array(2)})
+                    while len(found) < 2:
+                        await anyio.sleep(0.05)
+                finally:
+                    cluster.cont(owner)
+        assert found == [1, 2]

@@ -10,6 +10,7 @@ import itertools
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from typing import TypeVar
 
 import anyio
@@ -81,9 +82,10 @@ class Cluster:
         return list(groups.values())
 
     def each(self) -> list[bytes]:
-        keys: dict[Shard, bytes] = {}
+        keys: dict[Shard | None, bytes] = {}
         candidates = (b"%d" % number for number in itertools.count())
-        while len(keys) < len(self.shards):
+        owners = {self.shard(b""), *self._slots} - {None}
+        while owners - keys.keys():
             key = next(candidates)
             keys.setdefault(self.shard(key), key)
         return list(keys.values())
@@ -129,7 +131,7 @@ class Cluster:
             try:
                 await self._ask(connection, command, again, asks=error.asks)
             finally:
-                reply.sent = again.sent
+                reply.sent = again.sent or reply.count > 1  # others did
             (value,) = again.values
             if not isinstance(value, Redirected):
                 return value
@@ -150,10 +152,17 @@ class Cluster:
     def _server(self, address: Address) -> Shard:
         shard = self._servers.get(address)
         if shard is None:
-            self._servers[address] = shard = Shard(self._dialer.at(address), self._counters)
+            self._servers[address] = shard = Shard(
+                self._dialer.at(address), self._counters, on_silence=self._is_replaced
+            )
             if self._closed:
                 shard.close()
         return shard
+
+    async def _is_replaced(self, shard: Shard) -> bool:
+        with suppress(ConnectError):
+            await self._refresh()
+        return shard not in self.shards
 
     async def _refresh(self) -> None:
         refreshed = self._refreshed

@@ -9,9 +9,10 @@ A connection about whose state there is any doubt is aborted: every request on i
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 from aionpredis.errors import ConnectionLost, ProtocolError, Stalled
@@ -73,6 +74,9 @@ class Connection:
         self.lost: Exception | None = None
         self.reply_window = LOCAL_WINDOW if sock.is_local else REMOTE_WINDOW
         """Bytes of replies that one caller should have asked for and not received."""
+        self.patience = math.inf
+        self.on_silence: Callable[[], Awaitable[None]] | None = None
+        """Called after each ``patience`` seconds of silence, while something is outstanding: it may know why."""
         self._counters = Counters() if counters is None else counters
         self._sock = sock
         self._ready = readiness(sock.raw)
@@ -150,6 +154,7 @@ class Connection:
 
     async def _drive(self, reply: Reply, eager: bool) -> None:
         patience = PATIENCE
+        silence = 0.0
         while True:
             sent = self._send()
             # Before looking, not after: others queue their requests now, and no turn moves more than ~1 MB each way.
@@ -167,14 +172,21 @@ class Connection:
             patience = PATIENCE
             write = self._sock.waits_for_write(bool(self._outbox))
             self._parked = not write
+            timeout = min(self.patience, self._timeout - silence)
             try:
-                ready = await self._ready.wait(write=write, timeout=self._timeout)
+                ready = await self._ready.wait(write=write, timeout=timeout)
             finally:
                 self._parked = False
             # Looking again: the loop may have been busy elsewhere all the time, and come to the timer first.
-            if not (ready or self._receive() or self._send()):
+            if ready or self._receive() or self._send():
+                silence = 0.0
+                continue
+            silence += timeout
+            if silence >= self._timeout:
                 self.abort(Stalled(f"no byte moved for {self._timeout} s while a reply was outstanding"))
                 return
+            if self.on_silence is not None:
+                await self.on_silence()
 
     def _spin(self) -> None:
         """Look until something comes, but not for long."""

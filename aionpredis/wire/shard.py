@@ -2,28 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
 import anyio
 
-from aionpredis.errors import ConnectError, UsageError
+from aionpredis.errors import ConnectError, ConnectionLost, UsageError
 from aionpredis.stats import Counters
 from aionpredis.wire.connection import Connection
 from aionpredis.wire.dial import Dialer
 
 __all__ = ["Shard"]
 
+PATIENCE = 1.0
+"""Seconds of silence after which others are asked about a server. A cluster takes longer to replace one."""
+
 
 class Shard:
     """All data over one connection (two or three brought nothing: the server is the limit).
 
-    ``readonly``: the server is a cluster's replica, and shall answer nevertheless.
+    ``readonly``: the server is a cluster's replica, and shall answer nevertheless. ``on_silence(shard)``: whether a server
+    from which nothing comes has been replaced; its connections are given up then.
     """
 
-    def __init__(self, dialer: Dialer, counters: Counters, *, readonly: bool = False) -> None:
+    def __init__(
+        self,
+        dialer: Dialer,
+        counters: Counters,
+        *,
+        readonly: bool = False,
+        on_silence: Callable[[Shard], Awaitable[bool]] | None = None,
+    ) -> None:
         self.dialer = dialer
         self._readonly = readonly
+        self._on_silence = on_silence
         self._counters = counters
         self._connection: Connection | None = None
         self._spare: list[Connection] = []
@@ -62,7 +74,7 @@ class Shard:
                     raise type(self._failure)(*self._failure.args)
                 self._failure = None
                 try:
-                    connection = await self.dialer.dial(readonly=self._readonly)
+                    connection = await self._dial(PATIENCE)
                 except ConnectError as error:
                     self._failure = type(error)(*error.args)
                     raise
@@ -76,13 +88,15 @@ class Shard:
             return self._connection
 
     @asynccontextmanager
-    async def own(self) -> AsyncIterator[Connection]:
-        """A connection of one's own, for a command that blocks or spans several requests; kept for the next if still good."""
+    async def own(self, block_seconds: float) -> AsyncIterator[Connection]:
+        """A connection of one's own, for a command that blocks (so long at most) or spans several requests; kept for the next
+        if still good.
+        """
         if self._spare:
             connection = self._spare.pop()
         else:
             try:
-                connection = await self.dialer.dial()
+                connection = await self._dial(PATIENCE + block_seconds)
             except ConnectError as error:
                 self._failure = type(error)(*error.args)
                 raise
@@ -95,6 +109,18 @@ class Shard:
                 self._spare.append(connection)
             else:
                 connection.close()
+
+    async def _dial(self, patience: float) -> Connection:
+        connection = await self.dialer.dial(readonly=self._readonly)
+        if self._on_silence is not None:
+            ask = self._on_silence
+
+            async def asked() -> None:
+                if await ask(self):
+                    connection.abort(ConnectionLost("it says nothing, and another server has taken its place"))
+
+            connection.patience, connection.on_silence = patience, asked
+        return connection
 
     def close(self) -> None:
         self._closed = True
