@@ -136,9 +136,7 @@ class Client:
                 self._dialer = Dialer(self._embedded.url, **self._settings)
             self.faults.place = self.url
             if isinstance(self._dialer, ClusterDialer):
-                self._topology = Cluster(
-                    self._dialer, self.counters, self.faults.replaced, read_replicas=self._read_replicas
-                )
+                self._topology = Cluster(self._dialer, self.counters, read_replicas=self._read_replicas)
             else:
                 self._topology = OneServer(Shard(self._dialer, self.counters))
             await self._topology.open()
@@ -464,14 +462,16 @@ class Client:
         if not reply.matched:
             self._raise(reply.values[0], "SET", key)
 
-    async def call(self, *arguments: Any, repeatable: bool = False, key: bytes | None = None) -> Any:
+    async def call(
+        self, *arguments: Any, repeatable: bool = False, key: bytes | None = None, retry: Retry | None = None
+    ) -> Any:
         """:meth:`execute` unchecked; ``repeatable``: running it twice is harmless, so it survives a broken connection.
 
-        ``key``: instead of the command's own.
+        ``key``: instead of the command's own. ``retry``: see :meth:`request`.
         """
         if key is None:
             key = key_bytes(key_of(arguments) or b"")
-        reply = await self.request(lambda: (resp.encode(*arguments), Reply()), key, repeatable=repeatable)
+        reply = await self.request(lambda: (resp.encode(*arguments), Reply()), key, repeatable=repeatable, retry=retry)
         return self._raise(reply.values[0], *arguments)
 
     async def call_many(self, commands: Sequence[Sequence[Any]], *, repeatable: bool = False) -> list[Any]:
@@ -552,7 +552,12 @@ class Client:
         if connection is None:
             if shard.lost is not None:
                 self.faults.begins(LOST, shard.lost)
-            connection = await (await topology.reach(key, immutable=immutable)).connection()
+            try:
+                connection = await (await topology.reach(key, immutable=immutable)).connection()
+            except BaseException as error:
+                if not isinstance(error, ConnectError):  # else who called may try again
+                    self.faults.leaves(LOST)
+                raise
             self.faults.ends(LOST)
         return connection
 
@@ -579,38 +584,45 @@ class Client:
         *,
         repeatable: bool = True,
         immutable: bool = False,
+        retry: Retry | None = None,
     ) -> Reply:
         """Send what ``make`` makes to who has the key, and wait for its reply; again, after a fault that may pass, if that is
         harmless. All keys in it are on the shard of that one, as far as known.
+
+        ``retry``: of a caller that tries again by itself. Its time goes on, instead of that of another one.
         """
-        retry: Retry | None = None
-        while True:
-            buffers, reply = make()
-            try:
-                connection = await self.connection(key, immutable=immutable)
-                if not repeatable:
-                    connection.check()  # once it is sent, a broken connection leaves the outcome unknown
-                await connection.wait(connection.submit(buffers, reply), eager=True)
-                if reply.redirected:
-                    await self.topology.follow(buffers, reply)
-            except (ConnectionLost, ConnectError) as error:
-                if reply.sent and not repeatable:
-                    self.faults.meets(error)
-                    raise OutcomeUnknown(f"{error}; the command was sent, whether it ran is not known") from error
-                retry = retry or Retry(self.faults)
-                pause = retry.after(error)
-            else:
-                # A command that was refused so has not run; of several, others may have.
-                if reply.refusal is None or not (repeatable or reply.count == 1):
-                    if retry is not None:
-                        retry.succeeded()
-                    return reply
-                retry = retry or Retry(self.faults)
+        given = retry
+        try:
+            while True:
+                buffers, reply = make()
                 try:
-                    pause = retry.after(reply.refusal, connection)
-                except ServerUnavailable:
-                    return reply  # who looks at its values raises it
-            await anyio.sleep(pause)
+                    connection = await self.connection(key, immutable=immutable)
+                    if not repeatable:
+                        connection.check()  # once it is sent, a broken connection leaves the outcome unknown
+                    await connection.wait(connection.submit(buffers, reply), eager=True)
+                    if reply.redirected:
+                        await self.topology.follow(buffers, reply)
+                except (ConnectionLost, ConnectError) as error:
+                    if reply.sent and not repeatable:
+                        self.faults.meets(error)
+                        raise OutcomeUnknown(f"{error}; the command was sent, whether it ran is not known") from error
+                    retry = retry or Retry(self.faults)
+                    pause = retry.after(error)
+                else:
+                    # A command that was refused so has not run; of several, others may have.
+                    if reply.refusal is None or not (repeatable or reply.count == 1):
+                        if retry is not None:
+                            retry.succeeded()
+                        return reply
+                    retry = retry or Retry(self.faults)
+                    try:
+                        pause = retry.after(reply.refusal, connection)
+                    except ServerUnavailable:
+                        return reply  # who looks at its values raises it
+                await anyio.sleep(pause)
+        finally:
+            if retry is not given and retry is not None:
+                retry.reset()
 
     async def get_value(self, key: Key, *, immutable: bool = False) -> NDArray[np.uint8] | None:
         """The bytes stored under a key, in aligned memory. ``immutable``: they never change, so a replica may have them."""
@@ -634,10 +646,7 @@ class Client:
     def _raise(self, value: Any, *command: Any) -> Any:
         """The value that answers this command; raises it if it is an error."""
         if isinstance(value, ServerError):
-            refused(value, command)
-            if not isinstance(value, ServerUnavailable):  # counted with each attempt
-                self.faults.meets(value)
-            raise value
+            raise refused(value, command)
         return value
 
     async def _open(self, decoder: Callable[..., T], value: NDArray[np.uint8], key: Key) -> T:

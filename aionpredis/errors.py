@@ -64,7 +64,9 @@ __all__ = [
 
 
 class AionpredisError(Exception):
-    """Root of this package's exceptions."""
+    """Root of this package's exceptions. ``given_up``: it has been tried again, as far as that makes sense."""
+
+    given_up = False
 
 
 class UsageError(AionpredisError, ValueError):

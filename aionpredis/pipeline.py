@@ -115,34 +115,38 @@ class Pipeline(Generic[T]):
         """
         retry: Retry | None = None
         oldest = self._entries[0]
-        while True:
-            try:
-                for entry in self._entries:
-                    if not entry.travels:
-                        entry.submit(await self._client.connection(entry.key, immutable=self._immutable))
-                assert oldest.reply is not None
-                assert oldest.connection is not None
-                await oldest.connection.wait(oldest.reply)
-                if oldest.reply.redirected:
-                    await self._client.topology.follow(oldest.buffers, oldest.reply)
-                refusal = oldest.reply.refusal
-                if refusal is None:
-                    if retry is not None:
-                        retry.succeeded()
-                    return self._pop(oldest, oldest.reply)
-                retry = retry or Retry(self._client.faults)
+        try:
+            while True:
                 try:
-                    pause = retry.after(refusal, oldest.connection)
-                except ServerUnavailable:
-                    return self._pop(oldest, oldest.reply)  # who looks at its values raises it
-                oldest.reply = None
-            except (ConnectionLost, ConnectError) as error:
-                retry = retry or Retry(self._client.faults)
-                pause = retry.after(error)
-            except BaseException:
-                oldest.reply = None  # abandoned; asked for again if somebody calls again
-                raise
-            await anyio.sleep(pause)
+                    for entry in self._entries:
+                        if not entry.travels:
+                            entry.submit(await self._client.connection(entry.key, immutable=self._immutable))
+                    assert oldest.reply is not None
+                    assert oldest.connection is not None
+                    await oldest.connection.wait(oldest.reply)
+                    if oldest.reply.redirected:
+                        await self._client.topology.follow(oldest.buffers, oldest.reply)
+                    refusal = oldest.reply.refusal
+                    if refusal is None:
+                        if retry is not None:
+                            retry.succeeded()
+                        return self._pop(oldest, oldest.reply)
+                    retry = retry or Retry(self._client.faults)
+                    try:
+                        pause = retry.after(refusal, oldest.connection)
+                    except ServerUnavailable:
+                        return self._pop(oldest, oldest.reply)  # who looks at its values raises it
+                    oldest.reply = None
+                except (ConnectionLost, ConnectError) as error:
+                    retry = retry or Retry(self._client.faults)
+                    pause = retry.after(error)
+                except BaseException:
+                    oldest.reply = None  # abandoned; asked for again if somebody calls again
+                    raise
+                await anyio.sleep(pause)
+        finally:
+            if retry is not None:
+                retry.reset()
 
     def _pop(self, oldest: _Entry[T], reply: Reply) -> tuple[Reply, T]:
         self._entries.popleft()

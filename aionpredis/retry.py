@@ -49,9 +49,6 @@ def backoff(attempts: int) -> float:
     return float(BACKOFF.compute(min(attempts, MAX_EXPONENT)))
 
 
-GIVEN_UP = "given up after"
-
-
 class Faults:
     """What the tasks of one client share about its server's faults: ``retry_timeout``, the counters and the log's lines.
 
@@ -70,55 +67,50 @@ class Faults:
         self.place = ""
         """The server's address as it may stand in a log."""
         self._met = 0
-        self._began: dict[str, float] = {}  # by kind
+        self._began: dict[str, tuple[float, set[Retry]]] = {}  # by kind: since when, and who tries again
 
     @property
     def changes(self) -> int:
         """Grows when the server may have become another one, or may have lost data: a failover can undo what was read."""
-        return self._met + self.counters.reconnects
-
-    def replaced(self) -> None:
-        """Another server has taken the place of one that this client used."""
-        self._met += 1
+        return self._met + self.counters.reconnects + self.counters.changes
 
     def meets(self, error: AionpredisError) -> str:
-        """Count an error; of which kind of fault it is."""
-        is_answer = isinstance(error, ServerError)
-        code = error.code if isinstance(error, ServerError) else type(error).__name__
-        if code not in ANSWERS:
-            self.counters.errors[code] += 1
-        self._met += not is_answer or code in CHANGES
-        return code if is_answer else LOST
+        """Count an error, unless it is an answer, which was counted when it came; of which kind of fault it is."""
+        if isinstance(error, ServerError):
+            return error.code
+        self.counters.errors[type(error).__name__] += 1
+        self._met += 1
+        return LOST
 
-    def begins(self, kind: str, error: Exception) -> None:
+    def begins(self, kind: str, error: Exception, who: Retry | None = None) -> None:
         if kind not in self._began:
-            self._began[kind] = time.monotonic()
+            self._began[kind] = time.monotonic(), set()
             logger.warning("%s: %s", self.place, error)
+        if who is not None:
+            self._began[kind][1].add(who)
 
     def ends(self, kind: str) -> None:
-        began = self._began.pop(kind, None)
-        if began is not None:
+        if kind in self._began:
+            began, _ = self._began.pop(kind)
             logger.info("%s: %s is over after %.1f s", self.place, kind, time.monotonic() - began)
 
-    def forget(self, kind: str) -> None:
-        """It was given up, and raised: it is news again when it is met again."""
-        self._began.pop(kind, None)
+    def leaves(self, kind: str, who: Retry | None = None) -> None:
+        """Given up, or cancelled. When nobody tries any more the fault is forgotten: it is news when it is met again."""
+        if kind in self._began:
+            _, trying = self._began[kind]
+            trying.discard(who)
+            if not trying:
+                del self._began[kind]
 
 
 LOST = "lost connection"
 """The kind of fault that every broken or refused connection is."""
-
-CHANGES = {"LOADING", "READONLY", "MASTERDOWN", "UNBLOCKED"}
-"""Refusals of a server whose data are being replaced, or whose role was changed."""
 
 _ELSEWHERE = {
     "READONLY": "the server has become a replica",
     "CLUSTERDOWN": "the server has lost its cluster",
 }
 """Refusals of a server that may have been replaced."""
-
-ANSWERS = {"ERR", "BUSYGROUP", "NOGROUP"}
-"""Codes of errors that are no faults: a stream that does not exist, an id that is taken, a command that is wrong."""
 
 
 class Retry:
@@ -130,7 +122,8 @@ class Retry:
             pause = retry.after(error)
         await anyio.sleep(pause)
 
-    ``seconds``: instead of the client's ``retry_timeout``. Nothing is made, and nothing called, while all goes well.
+    ``seconds``: instead of the client's ``retry_timeout``. Nothing is made, and nothing called, while all goes well. Whoever
+    made one calls :meth:`reset` at last, however it ends.
     """
 
     __slots__ = ("_began", "_faults", "_kinds", "_seconds", "attempts")
@@ -144,11 +137,13 @@ class Retry:
         self._kinds: set[str] = set()
 
     def after(self, error: AionpredisError, connection: Connection | None = None) -> float:
-        """Seconds to wait before the next attempt; raises ``error`` if there shall be none.
+        """Seconds to wait before the next attempt; raises ``error`` if there shall be none, or who was called gave up.
 
         ``connection``: the one over which the server answered so. One that leads to a replica is given up: another server
         may be reached under that address by now.
         """
+        if error.given_up:
+            raise error
         faults, now = self._faults, time.monotonic()
         if not self.attempts:
             # A silence is noticed when it has lasted ``timeout`` already.
@@ -160,14 +155,15 @@ class Retry:
             connection.abort(ConnectionLost(_ELSEWHERE[kind]))
         is_final = isinstance(error, FINAL)
         if is_final or elapsed >= self._seconds - 1e-6:  # now - (now - x) may be less than x
-            if self.attempts > 1 and not is_final and GIVEN_UP not in str(error):  # who called may have tried by itself
+            error.given_up = True
+            if self.attempts > 1 and not is_final:
                 times = f"{self.attempts} attempts in {elapsed:.1f} s"
-                error.args = (f"{error.args[0]} ({GIVEN_UP} {times})", *error.args[1:])
-            faults.forget(kind)
+                error.args = (f"{error.args[0]} (given up after {times})", *error.args[1:])
+            faults.leaves(kind, self)
             self._kinds.discard(kind)
             raise error
         faults.counters.retries += 1
-        faults.begins(kind, error)
+        faults.begins(kind, error, self)
         self._kinds.add(kind)
         pause = min(backoff(self.attempts), self._began + self._seconds - now)
         logger.debug("%s: attempt %d in %.3f s: %s", faults.place, self.attempts + 1, pause, error)
@@ -180,6 +176,7 @@ class Retry:
         self.reset()
 
     def reset(self) -> None:
-        """Begin to count anew."""
+        """Begin to count anew. What has failed so far is not tried again."""
         self.attempts = 0
-        self._kinds.clear()
+        while self._kinds:
+            self._faults.leaves(self._kinds.pop(), self)

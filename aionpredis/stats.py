@@ -13,6 +13,13 @@ if TYPE_CHECKING:
 
 __all__ = ["Counters", "Stats"]
 
+ANSWERS = {"ERR", "BUSYGROUP", "NOGROUP", "MOVED", "ASK"}
+"""Codes of errors that are no faults: a stream that does not exist, an id that is taken, a command that is wrong; and which
+other server of a cluster to ask."""
+
+CHANGES = {"LOADING", "READONLY", "MASTERDOWN", "UNBLOCKED"}
+"""Refusals of a server whose data are being replaced, or whose role was changed."""
+
 
 @dataclass(frozen=True, slots=True)
 class Stats:
@@ -32,7 +39,8 @@ class Stats:
     reconnects: int
     """Connections that were made anew, of those that tasks share."""
     errors: Mapping[str, int]
-    """Faults by kind: the server's code (``OOM``, ``LOADING``, …), or an exception's name. Also those that a retry hid."""
+    """Faults by kind: the server's code (``OOM``, ``LOADING``, …), once for each command that it refused, or an exception's
+    name. Also those that a retry hid."""
     repeated: int
     """A writer's items and an actor's chunks that were sent again, because a fault left open what had become of them."""
     acknowledged: int
@@ -49,7 +57,7 @@ class Stats:
 class Counters:
     """Counted where it happens: once for a system call, a request or a batch, never for an array."""
 
-    __slots__ = (*(field.name for field in fields(Stats)), "writers")
+    __slots__ = (*(field.name for field in fields(Stats)), "changes", "writers")
 
     bytes_sent: int
     bytes_received: int
@@ -65,6 +73,9 @@ class Counters:
     evicted: int
     lost: int
 
+    changes: int
+    """Events from which one must conclude that the server has, or will have, other data: refusals, and failovers."""
+
     writers: set[Writer]
     """Those that are open. What they hold is asked for: counted with each array it would cost 0.3 µs of 7."""
 
@@ -72,7 +83,14 @@ class Counters:
         for field in fields(Stats):
             setattr(self, field.name, 0)
         self.errors = Counter()
+        self.changes = 0
         self.writers = set()
+
+    def refused(self, code: str) -> None:
+        """The server has answered with this error, whoever asked."""
+        if code not in ANSWERS:
+            self.errors[code] += 1
+        self.changes += code in CHANGES
 
     def snapshot(self) -> Stats:
         values = {field.name: getattr(self, field.name) for field in fields(Stats)}

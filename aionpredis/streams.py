@@ -80,9 +80,11 @@ async def newest(client: Client, stream: str, count: int) -> list[Entry]:
     return list(_parse(await client.call("XREVRANGE", stream, "+", "-", "COUNT", count, repeatable=True)))
 
 
-async def page(client: Client, stream: str, first: str, last: str, count: int = PAGE) -> list[Entry]:
+async def page(
+    client: Client, stream: str, first: str, last: str, count: int = PAGE, *, retry: Retry | None = None
+) -> list[Entry]:
     """Entries from ``first`` to ``last``, as XRANGE names ids: ``(`` excludes, ``-`` and ``+`` are the ends."""
-    return list(_parse(await client.call("XRANGE", stream, first, last, "COUNT", count, repeatable=True)))
+    return list(_parse(await client.call("XRANGE", stream, first, last, "COUNT", count, repeatable=True, retry=retry)))
 
 
 async def read_blocking(client: Client, stream: str, after: tuple[int, int], count: int = PAGE) -> list[Entry]:
@@ -109,22 +111,26 @@ async def alone(client: Client, stream: str, work: Callable[[Connection], Awaita
     have lain idle.
     """
     retry: Retry | None = None
-    while True:
-        try:
-            async with client.blocking(stream.encode()) as connection:
-                result = await work(connection)
-        except Redirected as error:
-            await client.topology.learn(error)
-            retry = retry or Retry(client.faults)
-            pause = retry.after(error) if error.asks else 0.0  # while its slot moves: until that is done
-        except (ConnectionLost, ConnectError, ServerUnavailable) as error:
-            retry = retry or Retry(client.faults)
-            pause = retry.after(error)
-        else:
-            if retry is not None:
-                retry.succeeded()
-            return result
-        await anyio.sleep(pause)
+    try:
+        while True:
+            try:
+                async with client.blocking(stream.encode()) as connection:
+                    result = await work(connection)
+            except Redirected as error:
+                await client.topology.learn(error)
+                retry = retry or Retry(client.faults)
+                pause = retry.after(error) if error.asks else 0.0  # while its slot moves: until that is done
+            except (ConnectionLost, ConnectError, ServerUnavailable) as error:
+                retry = retry or Retry(client.faults)
+                pause = retry.after(error)
+            else:
+                if retry is not None:
+                    retry.succeeded()
+                return result
+            await anyio.sleep(pause)
+    finally:
+        if retry is not None:
+            retry.reset()
 
 
 async def ask(connection: Connection, *commands: Sequence[Any]) -> list[Any]:
@@ -139,21 +145,27 @@ async def ask(connection: Connection, *commands: Sequence[Any]) -> list[Any]:
 
 
 async def claim(
-    client: Client, stream: str, left: int, fields: dict[bytes, bytes], *, make: bool = False
+    client: Client,
+    stream: str,
+    left: int,
+    fields: dict[bytes, bytes],
+    *,
+    make: bool = False,
+    retry: Retry | None = None,
 ) -> bool | None:
     """Add the entry ``left-0``: of several callers, whose ``fields`` differ, one succeeds. Whether this one did.
 
     ``None``: there is no such stream; with ``make`` it is made. A broken connection changes nothing: it is tried again,
-    and who finds his own entry there has succeeded before.
+    and who finds his own entry there has succeeded before. ``retry``: see :meth:`aionpredis.Client.request`.
     """
     option = () if make else ("NOMKSTREAM",)
     pairs = [part for pair in fields.items() for part in pair]
     try:
-        added = await client.call("XADD", stream, *option, f"{left}-0", *pairs, repeatable=True)
+        added = await client.call("XADD", stream, *option, f"{left}-0", *pairs, repeatable=True, retry=retry)
     except ServerError as error:
         if not is_stale(error):
             raise
-        return (await page(client, stream, f"{left}-0", f"{left}-0")) == [((left, 0), fields)]
+        return (await page(client, stream, f"{left}-0", f"{left}-0", retry=retry)) == [((left, 0), fields)]
     return None if added is None else True
 
 

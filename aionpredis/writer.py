@@ -170,6 +170,7 @@ class Writer:
                 await self._tasks.__aexit__(None, None, None)  # the pump raises nothing: only a cancellation comes out
             finally:
                 self._counters.writers.discard(self)
+                self._retry.reset()
         if failed is not None:
             if error is None:
                 raise failed
@@ -399,10 +400,7 @@ class Writer:
         if batch.reply is not None and batch.reply.values:  # not as predicted: one of them at least was refused
             for key, value in zip(batch.keys, batch.reply.values, strict=False):
                 if isinstance(value, ServerError):
-                    value.about("SET", key)
-                    if not isinstance(value, self._passing):  # counted with each attempt
-                        self._client.faults.meets(value)
-                    self._failures.append((key, value))
+                    self._failures.append((key, value.about("SET", key)))
         self._free(batch)
 
     def _free(self, batch: _Batch) -> None:

@@ -96,7 +96,7 @@ MUTATIONS = [
         [
             (
                 "streams.py",
-                'return (await page(client, stream, f"{left}-0", f"{left}-0")) == [((left, 0), fields)]',
+                'return (await page(client, stream, f"{left}-0", f"{left}-0", retry=retry)) == [((left, 0), fields)]',
                 'return bool(await page(client, stream, f"{left}-0", f"{left}-0"))',
             )
         ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from functools import partial
 from typing import Any
 
 import anyio
@@ -20,7 +21,7 @@ pytestmark = pytest.mark.anyio
 
 
 def limited(client: Client, **options: Any) -> Replay:
-    return client.replay("r", SCHEMA, chunk=4, lease=0.5, **options)
+    return client.replay("r", SCHEMA, chunk=4, lease=20, **options)
 
 
 async def appended(replay: Replay, numbers: range) -> None:
@@ -110,6 +111,46 @@ async def test_actors_wait_for_a_learner_that_is_behind_and_go_on_with_it(url: s
                 if seen == total:
                     break
             assert actor.stats.appended == total
+
+
+async def draw(replay: Replay) -> None:
+    async for _ in await replay.sampler(batch=4):
+        await anyio.sleep(0.001)
+
+
+async def follow(replay: Replay, shard: tuple[int, int] = (0, 1)) -> None:
+    async for _ in await replay.follow(batch=4, shard=shard):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("slow", "fast"),
+    [
+        (lambda replay: replay.follow(batch=4), draw),
+        (lambda replay: replay.sampler(batch=4, samples_per_insert=1.0), follow),
+        (lambda replay: replay.follow(batch=4), partial(follow, shard=(0, 3))),
+    ],
+    ids=["sampler", "follow", "shard"],
+)
+async def test_actors_wait_for_the_slowest_of_learners_of_any_kind(url: str, slow: Any, fast: Any) -> None:
+    async with aionpredis.connect(url) as client:
+        replay = limited(client, max_lag=40)
+        await replay.begin_run()
+        async with replay.actor() as actor, anyio.create_task_group() as tasks:
+            await actor.join()
+            slowest = await slow(replay)
+            tasks.start_soon(fill, actor, range(100_000))
+            for _ in range(10):
+                await anext(slowest)
+            tasks.start_soon(fast, replay)
+            stalled = -1
+            while actor.stats.appended != stalled:
+                stalled = actor.stats.appended
+                await anyio.sleep(0.2)
+            assert stalled <= 40 + 40 + 4 * (2 * actor.buffers + 1)
+            while actor.stats.appended < stalled + 200:
+                await anext(slowest)
+            tasks.cancel_scope.cancel()
 
 
 @pytest.mark.parametrize("learners", [1, 3])

@@ -348,6 +348,7 @@ async def test_a_warning_that_is_an_error_does_not_stop_the_reader(url: str, sto
             warnings.simplefilter("ignore")
             found += await uids(reader)
         assert found == list(range(36))
+        assert reader.stats.missing == client.stats().lost == 1
 
 
 async def test_all_chunks_missing(url: str, stock: redis.Redis) -> None:

@@ -38,7 +38,7 @@ from aionpredis import (
 from aionpredis.replay import Batches
 
 from .proxy import Proxy
-from .replays import fill, kill_connections, replay_of, uids, unnamed_without_ttl
+from .replays import SCHEMA, fill, kill_connections, replay_of, uids, unnamed_without_ttl
 from .replays import pause as pause_writes
 from .servers import make_server, until
 
@@ -353,6 +353,66 @@ async def test_silence_counts_as_long_as_it_lasted(place: Place) -> None:
         with pytest.raises(aionpredis.Stalled):
             await client.get("k")
         place.proxy.stalled = False
+
+
+@pytest.mark.parametrize("away", [0.0, 1.5])
+async def test_actor_tries_for_retry_timeout_once_not_for_each_of_its_steps(place: Place, away: float) -> None:
+    """After a fault it looks for its run's beginning first; that is refused, as its chunks are. ``away``: seconds before that
+    in which there is no server at all."""
+    async with aionpredis.connect(place.url, retry_timeout=2) as client:
+        replay = replay_of(client, lease=20)
+        await replay.begin_run()
+        async with replay.actor() as actor, anyio.create_task_group() as tasks:
+            await actor.join()
+            await fill(actor, range(4))
+            await actor.flush()
+            place.admin.replicaof("127.0.0.1", "1")
+            if away:
+                place.proxy.refusing = True
+                place.proxy.cut()
+            else:  # another task has met it: the actor knows of the fault, and has not tried yet
+                with anyio.move_on_after(0.1):
+                    await client.set("k", STATE)
+
+            async def come_back() -> None:
+                await anyio.sleep(away)
+                place.proxy.refusing = False
+
+            tasks.start_soon(come_back)
+            started = time.monotonic()
+            with pytest.raises(ServerUnavailable, match=r"READONLY.*given up after \d+ attempts in 2\.\d s"):
+                await fill(actor, range(4, 100_000))
+            assert 2 <= time.monotonic() - started < 3
+
+
+class GoneAt(Proxy):
+    """Is there until a client sends this command."""
+
+    command = b"?"
+
+    def _chunks(self, source: socket.socket) -> Iterator[bytes]:
+        for data in super()._chunks(source):
+            if self.command in data:
+                self.refusing = True
+                self.cut()
+            yield data
+
+
+async def test_what_a_step_of_an_actor_gave_up_is_not_tried_for_another_retry_timeout(url: str, tmp_path: Path) -> None:
+    """The server vanishes while the actor evicts. Each attempt is counted once."""
+    with GoneAt(url, tmp_path) as proxy:
+        async with aionpredis.connect(proxy.url, retry_timeout=1.5) as client:
+            replay = client.replay("r", SCHEMA, chunk=4, capacity=32)
+            await replay.begin_run()
+            async with replay.actor() as actor:
+                await actor.join()
+                proxy.command = b"UNLINK"
+                started = time.monotonic()
+                with pytest.raises((ConnectError, ConnectionLost), match=r"given up after \d+ attempts in 1\.\d s"):
+                    await fill(actor, range(100_000))
+                assert 1.5 <= time.monotonic() - started < 2.5
+            stats = client.stats()
+            assert sum(stats.errors.values()) == stats.retries + 1
 
 
 async def test_refusal_is_raised_with_its_command_and_key_in_the_end(place: Place) -> None:
@@ -804,6 +864,77 @@ async def test_log_has_one_line_when_an_outage_begins_and_one_when_it_is_over(
     lines = [(record.levelname, record.name) for record in caplog.records]
     assert lines == [("WARNING", "aionpredis.retry"), ("INFO", "aionpredis.retry")] * 2
     assert "p.sock" in caplog.text
+
+
+async def again(call: Callable[[], Any]) -> None:
+    while True:
+        await call()
+
+
+async def act(client: Client) -> None:
+    async with replay_of(client, lease=20).actor() as actor:
+        await actor.join()
+        await fill(actor, range(1_000_000))
+
+
+async def write(client: Client) -> None:
+    async with client.writer(max_inflight=100_000) as writer:
+        await again(lambda: writer.put("k", STATE))
+
+
+async def watch(client: Client) -> None:
+    async for _ in client.policy("r").watch():
+        pass
+
+
+TASKS: list[Callable[[Client], Any]] = [
+    lambda client: again(lambda: client.get("k")),
+    lambda client: again(lambda: client.mget(["k", "l"])),
+    act,
+    write,
+    watch,
+]
+
+
+async def test_outage_whose_last_caller_was_cancelled_is_news_when_it_is_met_again(
+    place: Place, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It may be another one by then. As long as somebody tries, it is the same one."""
+    caplog.set_level(logging.INFO, "aionpredis.retry")
+
+    def levels() -> list[str]:
+        found = [record.levelname for record in caplog.records]
+        caplog.clear()
+        return found
+
+    for task in TASKS:
+        async with aionpredis.connect(place.url) as client:
+            await replay_of(client).begin_run({"w": STATE})
+            with anyio.move_on_after(0.3):
+                async with anyio.create_task_group() as tasks:
+                    tasks.start_soon(task, client)
+                    await anyio.sleep(0.1)
+                    place.proxy.refusing = True
+                    place.proxy.cut()
+                    with anyio.move_on_after(0.1):
+                        await client.get("k")
+            assert levels() == ["WARNING"]
+            with anyio.move_on_after(0.1):
+                await client.get("k")
+            assert levels() == ["WARNING"]
+            place.proxy.refusing = False
+            await client.get("k")
+            assert levels() == ["WARNING", "INFO"]
+            # One that was lost while nobody waited for anything, and is cancelled while another is made.
+            connection = client.live_connection()
+            assert connection is not None
+            connection.abort(ConnectionLost("by the test"))
+            place.proxy.stalled = True
+            for _ in range(2):
+                with anyio.move_on_after(0.05):
+                    await client.get("k")
+                assert levels() == ["WARNING"]
+            place.proxy.stalled = False
 
 
 async def test_log_has_no_secrets(place: Place, caplog: pytest.LogCaptureFixture) -> None:

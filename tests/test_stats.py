@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gc
 from pathlib import Path
@@ -13,10 +14,10 @@ import pytest
 import redis
 
 import aionpredis
-from aionpredis import RunEnded, Server, ServerError, Stats
+from aionpredis import RunEnded, Server, ServerError, Stats, WriteFailed
 
 from .proxy import Proxy
-from .replays import fill, kill_connections, pause, replay_of, uids
+from .replays import SCHEMA, data_keys, fill, kill_connections, pause, replay_of, uids
 
 pytestmark = pytest.mark.anyio
 
@@ -114,6 +115,56 @@ async def test_faults_are_counted_by_kind(url: str, stock: redis.Redis) -> None:
         with pytest.raises(ServerError):
             await client.get("list")
         assert client.stats().errors["WRONGTYPE"] == 1
+
+
+async def test_each_refusal_is_counted_once_whoever_met_it(url: str, stock: redis.Redis) -> None:
+    """The server counts what it refuses, too: by calls, batches, readers, samplers, writers, actors, and who was cancelled."""
+
+    def refused() -> dict[str, int]:
+        faults: Any = stock.info("errorstats")
+        counts = {name.removeprefix("errorstat_"): fact["count"] for name, fact in faults.items()}
+        return {code: count for code, count in counts.items() if code != "ERR"}
+
+    stock.acl_setuser("limited", enabled=True, nopass=True, keys=["*"], channels=["*"], commands=["+@all", "-xdel"])
+    stock.config_resetstat()
+    try:
+        async with aionpredis.connect(url.replace("unix://", "unix://limited:x@"), retry_timeout=0.1) as client:
+            replay = client.replay("r", SCHEMA, chunk=4, capacity=32)
+            await replay.begin_run()
+            async with replay.actor() as actor:
+                await actor.join()
+                with pytest.raises(ServerError, match="NOPERM"):  # it evicts
+                    await fill(actor, range(100_000))
+            for key in data_keys(stock):
+                stock.delete(key)
+                stock.lpush(key, "x")
+            readers = [await replay.epoch(), await replay.draw_chunks(), await replay.consume(group="g")]
+            for attempt in (client.get(key), *map(anext, readers)):
+                with contextlib.suppress(ServerError):
+                    await attempt
+            sampler = await replay.sampler()
+            with pytest.raises(ServerError, match="WRONGTYPE"):
+                await sampler.sample()
+            assert isinstance((await client.call_many([("GET", key), ("XDEL", "x", "1-1")]))[1], ServerError)
+            stock.config_set("maxmemory", "1")
+            with pytest.raises(ServerError):
+                await client.set("k", STATE)
+            with pytest.raises(WriteFailed):
+                await client.mset({f"k{i}": STATE for i in range(3)})
+            with pytest.raises(WriteFailed):
+                async with client.writer() as writer:
+                    for i in range(3):
+                        await writer.put(f"k{i}", STATE)
+            with anyio.move_on_after(0.2):
+                async with replay.actor() as actor:
+                    await actor.join()
+                    await fill(actor, range(100_000))
+            await client.exists("k")  # behind all that was cancelled
+            assert refused().keys() == {"NOPERM", "OOM", "WRONGTYPE"}
+            assert client.stats().errors == refused()
+    finally:
+        stock.config_set("maxmemory", "0")
+        stock.acl_deluser("limited")
 
 
 async def test_repeated_items_and_chunks_are_counted(url: str, stock: redis.Redis, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
@@ -17,6 +17,8 @@ from aionpredis.replay.sumtree import SumTree
 
 SLOTS = st.integers(0, 40)
 VALUES = st.one_of(st.just(0.0), st.floats(0, 1e300), st.floats(0, 10))
+TINY = st.floats(0, 1e-300)
+"""Not all bits of a float64 are left."""
 COUNTS = st.integers(1, 70)
 
 
@@ -129,7 +131,9 @@ def test_each_segment_of_the_total_gives_the_slot_that_a_plain_search_finds(
         assert slot == expected
 
 
-@given(st.lists(VALUES, min_size=1, max_size=40).filter(any), COUNTS, st.integers(0, 1 << 32))
+@given(st.lists(st.one_of(VALUES, TINY), min_size=1, max_size=40).filter(any), COUNTS, st.integers(0, 1 << 32))
+@example([5e-324, 5e-324], 70, 0)
+@example([5e-324, 1e-323, 0.0, 2e-308], 64, 1)
 def test_no_slot_is_drawn_more_or_less_often_than_its_segments_allow(
     values: list[float], count: int, seed: int
 ) -> None:

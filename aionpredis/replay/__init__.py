@@ -78,7 +78,8 @@ class Replay:
     16th commit or so. Counted in chunks, a partial one as a full one. The same number for all actors and learners.
 
     ``max_lag``: transitions of a run that may be committed and not yet read by the slowest of its learners; beyond that
-    the actors wait. Learners are those that ``follow`` or sample; the same number for all actors and learners.
+    the actors wait. Learners are those that ``follow`` or sample, told apart by which of both they do and by their ``shard=``;
+    the same number for all actors and learners.
 
     The server must not evict keys by itself (``maxmemory-policy noeviction``): see :meth:`begin_run`.
     """
@@ -282,7 +283,7 @@ class Replay:
         number = await self._run(run)
         position = _position(after, number)
         log = self._log(number, shard, position)
-        return self._batches(log, FollowSource(log), batch, drop_last, self._progress(log), position)
+        return self._batches(log, FollowSource(log), batch, drop_last, self._progress("follow", log), position)
 
     async def consume(
         self, run: int | Run | None = None, *, group: str, batch: int = 256, reclaim: float = 60.0
@@ -303,8 +304,12 @@ class Replay:
         source = GroupSource(self._client, self._names, log, check_name(group), reclaim=reclaim)
         return self._batches(log, source, batch, False)
 
-    def _progress(self, log: LogReader) -> Progress | None:
-        return Progress(self._client, self._names, log.run, f"{log.shard[0]}") if self._max_lag else None
+    def _progress(self, kind: str, log: LogReader) -> Progress | None:
+        if not self._max_lag:
+            return None
+        index, learners = log.shard
+        # Not a name for each start: one that is gone for good would hold the actors for ever.
+        return Progress(self._client, self._names, log.run, f"{kind}:{index}/{learners}")
 
     async def draw_chunks(
         self,
@@ -377,7 +382,7 @@ class Replay:
             self._names,
             self.schema,
             log,
-            self._progress(log),
+            self._progress("sampler", log),
             capacity=self._capacity,
             batch=batch,
             selection=selection,

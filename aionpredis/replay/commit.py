@@ -186,7 +186,7 @@ class Committer:
             try:
                 self._connection = connection = await self._client.connection()
                 if not self._rounds and self.beginning is not None and self.beginning.doubtful:
-                    if not await self.beginning.confirm():
+                    if not await self.beginning.confirm(self._retry):
                         self.ended = True
                         self._give_up()
                     continue
@@ -217,12 +217,13 @@ class Committer:
                 else:
                     await anyio.sleep(pause)
             except ServerError as error:
-                self._client.faults.meets(error)
                 self._fail(error)
 
     def close(self) -> None:
         """Nothing is committed any more, and nothing is read from the buffers."""
         self.abandon()
+        self._retry.reset()
+        self._full.reset()
         for commit in (*self._backlog, *(commit for one in self._rounds for commit in one.commits)):
             self._counters.inflight_bytes -= commit.size
         self._backlog.clear()

@@ -50,6 +50,9 @@ class GroupSource:
     def take(self) -> ChunkId | None:
         return self._chunks.popleft() if self._chunks else None
 
+    def lose(self, chunk: ChunkId) -> bool:
+        return True
+
     def substitute(self, chunk: ChunkId) -> ChunkId | None:
         return None
 

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from aionpredis import codecs
-from aionpredis.errors import ServerError, UsageError
+from aionpredis.errors import AionpredisError, ServerError, UsageError
 from aionpredis.formats import safetensors
 from aionpredis.formats.safetensors import Layout
 from aionpredis.memory import Recycler
@@ -74,8 +74,11 @@ class Source(Protocol):
     async def more(self) -> bool:
         """Learn of more chunks, waiting for them if need be; ``False``: there will be none. Without any: ask again."""
 
+    def lose(self, chunk: ChunkId) -> bool:
+        """The chunk is not on the server: it is not named again. Whether that is news."""
+
     def substitute(self, chunk: ChunkId) -> ChunkId | None:
-        """What to read instead of a chunk that is not on the server; ``None``: its rows are left out."""
+        """What to read instead of a chunk that was lost; ``None``: its rows are left out."""
 
     @property
     def in_order(self) -> bool:
@@ -89,6 +92,9 @@ class Source(Protocol):
 class _NoSubstitute:
     hands_over = False
     in_order = False
+
+    def lose(self, chunk: ChunkId) -> bool:
+        return True  # each is named once
 
     def substitute(self, chunk: ChunkId) -> ChunkId | None:
         return None
@@ -165,9 +171,15 @@ class DrawSource:
         self._left = LOOK_AGAIN
         return bool(self._known)
 
+    def lose(self, chunk: ChunkId) -> bool:
+        """It may have been drawn several times, and each of them finds that it is gone."""
+        left = [other for other in self._known if other != chunk]
+        is_news = len(left) < len(self._known)
+        self._known = left
+        return is_news
+
     def substitute(self, chunk: ChunkId) -> ChunkId | None:
         """Another chunk of that length, for one that is gone."""
-        self._known = [other for other in self._known if other != chunk]
         alike = [other for other in self._known if other.rows == chunk.rows]
         return alike[int(self._rng.integers(len(alike)))] if alike else None
 
@@ -321,7 +333,12 @@ class Batches:
                 self._ask(group)
             if self._arrived:
                 wanted, value = self._arrived[0]
-                await self._place(wanted, value)
+                if not wanted.lost:  # else the last step ended with the warning of it
+                    try:
+                        await self._place(wanted, value)
+                    except AionpredisError:
+                        self._arrived[0] = wanted, None  # looked for again if somebody calls again: it may be mended
+                        raise
                 other = self._source.substitute(wanted.chunk) if wanted.lost else None
                 self._arrived.popleft()
                 if other is None:
@@ -452,7 +469,9 @@ class Batches:
         if value is None:
             value, evicted = await look_again(self._client, self._names, self._log.run, wanted.chunk)
             if value is None:
-                self._count_lost(wanted, evicted)
+                wanted.lost = True
+                if self._source.lose(wanted.chunk):
+                    self._count_lost(wanted, evicted)
                 return
         record = open_chunk(value, self._schema, self._names, self._log.run, wanted.chunk)
         for batch, first, start, stop in wanted.places:
@@ -483,4 +502,3 @@ class Batches:
                 RuntimeWarning,
                 stacklevel=2,
             )
-        wanted.lost = True  # not if the warning is an error: then it is looked for again

@@ -16,6 +16,7 @@ from aionpredis.replay.log import FIELD, Begin, Names, parse_begin, unpack
 
 if TYPE_CHECKING:
     from aionpredis.client import Client
+    from aionpredis.retry import Retry
     from aionpredis.wire.connection import Connection
 
 __all__ = [
@@ -68,13 +69,16 @@ class Beginning:
         """Whether the server may have become another one since it was looked at."""
         return self._client.faults.changes != self._changes
 
-    async def confirm(self) -> bool:
-        """Add the entry again if it was lost; ``False``: another run has taken its number meanwhile."""
+    async def confirm(self, retry: Retry | None = None) -> bool:
+        """Add the entry again if it was lost; ``False``: another run has taken its number meanwhile.
+
+        ``retry``: see :meth:`aionpredis.Client.request`.
+        """
         while self.doubtful:
             changes = self._client.faults.changes
             run, log = self.begin.run, self._names.log
-            if await streams.claim(self._client, log, run, _entry(self.begin)) is False:
-                present = await streams.page(self._client, log, f"{run}-0", f"{run}-0")
+            if await streams.claim(self._client, log, run, _entry(self.begin), retry=retry) is False:
+                present = await streams.page(self._client, log, f"{run}-0", f"{run}-0", retry=retry)
                 # Nothing, or a commit: the run has ended, or has gone on without its beginning.
                 if present and FIELD not in present[0][1]:
                     return False

@@ -42,18 +42,14 @@ _ASKING = resp.encode("ASKING")
 class Cluster:
     """Keys by their slots: CRC16 of the key, or of its part in braces, modulo 16,384 (Redis cluster specification).
 
-    ``replaced()`` is called when a server is none of the primaries any more: with a failover, what it had acknowledged last
-    may be lost. ``read_replicas``: replicas are asked for what never changes, in turn; a primary without one is asked itself.
+    ``read_replicas``: replicas are asked for what never changes, in turn; a primary without one is asked itself.
     """
 
     joins_keys = False
 
-    def __init__(
-        self, dialer: ClusterDialer, counters: Counters, replaced: Callable[[], None], *, read_replicas: bool
-    ) -> None:
+    def __init__(self, dialer: ClusterDialer, counters: Counters, *, read_replicas: bool) -> None:
         self._dialer = dialer
         self._counters = counters
-        self._replaced = replaced
         self._read_replicas = read_replicas
         self._servers: dict[Address, Shard] = {}  # all that were ever talked to as a primary
         self._replicas: dict[Address, Shard] = {}  # as a replica
@@ -185,8 +181,8 @@ class Cluster:
                     primaries[part.primary]: self._in_turn(part.replicas) for part in found if part.replicas
                 }
             self._slots, self._primaries, self.shards = slots, primaries, tuple(primaries.values())
-            if gone:
-                self._replaced()
+            if gone:  # with a failover, what they had acknowledged last may be lost
+                self._counters.changes += 1
 
     def _in_turn(self, replicas: Sequence[Address]) -> Iterator[Shard]:
         for address in replicas:

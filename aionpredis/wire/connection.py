@@ -81,7 +81,7 @@ class Connection:
         self._sock = sock
         self._ready = readiness(sock.raw)
         self._timeout = timeout
-        self._parser = Parser(max_bulk)
+        self._parser = Parser(max_bulk, self._counters.refused)
         self._outbox: deque[_Outgoing] = deque()
         self._driving = False
         self._parked = False

@@ -376,11 +376,15 @@ class _Whole:
 
 
 class Parser:
-    """Replies in the order of their requests. See the module's text for the two paths."""
+    """Replies in the order of their requests. See the module's text for the two paths.
 
-    def __init__(self, max_bulk: int = MAX_BULK) -> None:
+    ``refused``: is told the code of each error that the server answers with, also if nobody waits for that any more.
+    """
+
+    def __init__(self, max_bulk: int = MAX_BULK, refused: Callable[[str], None] | None = None) -> None:
         self.pending: deque[Reply] = deque()
         self._max_bulk = max_bulk
+        self._refused = refused
         self._staging = bytearray(STAGING)
         self._view = memoryview(self._staging)
         self._start = 0  # staging[start:end] arrived and is not parsed yet
@@ -625,6 +629,8 @@ class Parser:
                 value = self._number(line)
             elif kind == 0x2D:  # -
                 value = server_error(bytes(line))
+                if self._refused is not None:
+                    self._refused(value.code)
                 if isinstance(value, ServerUnavailable):
                     reply.refusal = value
                 elif isinstance(value, Redirected):
