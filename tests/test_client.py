@@ -381,7 +381,7 @@ async def test_execute_wants_arguments_one_by_one(url: str) -> None:
         ("unix:///x", {"connect_timeout": "5"}, "connect_timeout"),
         ("unix:///x", {"max_value_bytes": 0}, "max_value_bytes"),
         ("unix:///x", {"codec": "zip"}, "zip"),
-        (5, {}, "str"),
+        (5, {}, "by int"),
     ],
 )
 def test_wrong_url_or_option_shows_before_anything_is_connected(url: Any, options: dict[str, Any], about: str) -> None:
