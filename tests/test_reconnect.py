@@ -711,6 +711,74 @@ async def test_reader_finds_what_took_the_ids_of_lost_entries(failover: Failover
         assert sorted(found) == list(range(120))
 
 
+@pytest.mark.parametrize("read", [38, 40], ids=["in a chunk", "at its end"])
+async def test_stored_position_is_no_reason_to_leave_out_what_took_the_ids_of_lost_entries(
+    failover: Failover, read: int
+) -> None:
+    """A reader that began at entry 10 has seen the log to its end, and the promoted replica gives 6 to 10 away again."""
+    found: list[int] = []
+    async with aionpredis.connect(failover.url) as client, aionpredis.connect(failover.url) as other:
+        replay, reading = replay_of(client, lease=20), replay_of(other, lease=20)
+        await replay.begin_run()
+        async with replay.actor() as actor, anyio.create_task_group() as tasks:
+            await actor.join()
+            await fill(actor, range(20))
+            await actor.flush()
+            await anyio.to_thread.run_sync(failover.replicate)
+            await fill(actor, range(20, 40))
+            await actor.flush()
+            first = await reading.follow(batch=2)
+            for _ in range(read // 2):
+                await anext(first)
+            second = await reading.follow(batch=2, after=first.position)
+            tasks.start_soon(followed, second, found)
+            with anyio.fail_after(PATIENCE):
+                while second.log.entry < 10 or len(found) < 40 - read:
+                    await anyio.sleep(0.005)
+                failover.happen()
+                await fill(actor, range(40, 60))
+                await actor.flush()
+                entries: Any = failover.new.xrevrange("{r}:log", count=1)
+                assert entries[0][0].endswith(b"-10")
+                while len(found) < 60 - read:
+                    await anyio.sleep(0.005)
+            tasks.cancel_scope.cancel()
+    assert found == list(range(read, 60))
+
+
+async def test_actors_and_a_learner_do_not_wait_for_each_other_after_a_failover(failover: Failover) -> None:
+    """``max_lag`` is four chunks. The promoted replica lacks entries 6 to 10, and that the learner has read the first five."""
+    found: list[int] = []
+    async with aionpredis.connect(failover.url) as client, aionpredis.connect(failover.url) as other:
+        replay, reading = (one.replay("r", SCHEMA, chunk=4, lease=20, max_lag=16) for one in (client, other))
+        await replay.begin_run()
+        async with replay.actor() as actor:
+            await actor.join()
+            with anyio.fail_after(PATIENCE):
+                await fill(actor, range(20))
+                await actor.flush()
+                await anyio.to_thread.run_sync(failover.replicate)
+                reader = await reading.follow(batch=4)
+                async with anyio.create_task_group() as tasks:
+                    tasks.start_soon(followed, reader, found)
+                    said: Any = []
+                    while not (said and said[0].endswith(b":5")):
+                        await anyio.sleep(0.005)
+                        said = failover.old.hvals("{r}:read")
+                    tasks.cancel_scope.cancel()
+                await fill(actor, range(20, 40))
+                await actor.flush()
+                failover.happen()
+                async with anyio.create_task_group() as tasks:
+                    tasks.start_soon(followed, reader, found)
+                    await fill(actor, range(40, 80))
+                    await actor.flush()
+                    while len(found) < 60:
+                        await anyio.sleep(0.005)
+                    tasks.cancel_scope.cancel()
+    assert found == [*range(20), *range(40, 80)]
+
+
 async def test_beginning_that_a_failover_lost_is_added_again(failover: Failover) -> None:
     """By the actors and the trainer that know of it. Else the next run would get its number, and what they still send."""
     async with aionpredis.connect(failover.url) as client, aionpredis.connect(failover.url) as other:

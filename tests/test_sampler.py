@@ -374,6 +374,25 @@ async def test_chunks_that_are_gone_are_drawn_again_and_counted(url: str, stock:
         assert len(sampler) == 0
 
 
+@pytest.mark.parametrize("options", [{"length": 5}, {"n_step": NStep(4)}], ids=["slices", "n-step"])
+async def test_transitions_whose_followers_are_gone_are_not_drawn_again_and_again(
+    url: str, stock: redis.Redis, options: dict[str, Any]
+) -> None:
+    """Each sample from the first chunk needs the second one, and none begins in that."""
+    async with aionpredis.connect(url) as client:
+        replay = await filled(client, 8)
+        sampler = await replay.sampler(batch=8, **options)
+        stock.delete(max(data_keys(stock)))
+        with anyio.move_on_after(0.3) as scope:
+            await sampler.sample()
+        assert scope.cancelled_caught  # there is nothing to be drawn
+        assert (sampler.stats.lost, len(sampler), client.stats().lost) == (4, 4, 1)
+        await write(replay, range(100, 108))
+        with anyio.fail_after(10):
+            batch = await sampler.sample()
+        assert batch["uid"].min() >= 100
+
+
 async def test_files_of_single_transitions_that_are_not_as_expected(url: str, stock: redis.Redis) -> None:
     """Gone, or written by other software (another header, compressed) among others that are as always."""
     async with aionpredis.connect(url) as client:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import gc
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import pytest
 import redis
 
 import aionpredis
-from aionpredis import RunEnded, Server, ServerError, Stats, WriteFailed
+from aionpredis import RunEnded, Server, ServerError, Stats, WriteFailed, Writer
 
 from .proxy import Proxy
 from .replays import SCHEMA, data_keys, fill, kill_connections, pause, replay_of, uids
@@ -217,6 +218,22 @@ async def test_transitions_and_chunks_are_counted_over_all_actors_and_readers(ur
             assert await replay.drop(run) == 2
             assert await uids(reading) == []
             assert client.stats().lost == 1
+
+
+async def test_writers_may_be_opened_and_closed_while_another_thread_asks(url: str) -> None:
+    """Metrics are exported by a thread of their own, which may be interrupted at each writer."""
+
+    class Asked(Writer):
+        @property
+        def inflight(self) -> int:
+            with ThreadPoolExecutor(1) as other:
+                other.submit(client.counters.writers.add, client.writer()).result()
+            return super().inflight
+
+    async with aionpredis.connect(url) as client:
+        async with Asked(client, max_inflight=1, copy=True, ttl=None, codec=None):
+            assert client.stats().inflight_bytes == 0
+            assert len(client.counters.writers) == 2
 
 
 def metrics_of(reader: Any) -> dict[str, list[tuple[float, dict[str, Any]]]]:
