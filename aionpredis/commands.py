@@ -100,14 +100,13 @@ def key_of(arguments: Sequence[Any]) -> str | bytes | None:
 
 
 def refused(error: ServerError, arguments: Sequence[Any]) -> ServerError:
-    """The error, with the name of the command that the server refused, and its first key, where known.
+    """A copy to be raised, with the name of the command that the server refused, and its first key, where known.
 
     No other argument: it may be a secret.
     """
     name = _word(arguments[0])
-    error.command = f"{name} {_word(arguments[1])}" if name in _KEY_SECOND and len(arguments) > 2 else name
-    error.key = key_of(arguments) or error.key
-    return error
+    command = f"{name} {_word(arguments[1])}" if name in _KEY_SECOND and len(arguments) > 2 else name
+    return error.about(command, key_of(arguments) or None)
 
 
 def _word(argument: Any) -> str:

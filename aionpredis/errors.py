@@ -28,10 +28,15 @@
         └── SchemaMismatch     the run was begun with other columns
 
 Facts are attributes (``key``, ``run``, …), so that a program need not parse a message.
+
+An error that is kept somewhere is not raised itself, but a copy: its traceback would lead to the frames that refer to it, and
+what these hold (a broken connection's 256 KiB, the caller's arrays) would stay until the garbage collector comes. A program
+that makes few objects waits for that for minutes.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import ClassVar
 
@@ -154,9 +159,10 @@ class ServerError(AionpredisError):
         self.key = key
 
     def about(self, command: str, key: str | bytes | None = None) -> ServerError:
-        """Itself, with the command and the key that it is about."""
-        self.command, self.key = command, key
-        return self
+        """A copy that names the command and the key, to be raised."""
+        error = copy.copy(self)
+        error.command, error.key = command, key
+        return error
 
     def __str__(self) -> str:
         message = super().__str__()

@@ -7,6 +7,7 @@ but cannot yet (:class:`ServerUnavailable`). Final are a refused password and by
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 import time
@@ -85,7 +86,7 @@ class Faults:
     def begins(self, kind: str, error: Exception, who: Retry | None = None) -> None:
         if kind not in self._began:
             self._began[kind] = time.monotonic(), set()
-            logger.warning("%s: %s", self.place, error)
+            logger.warning("%s: %s", self.place, str(error))  # a record may be kept, and all that an error refers to
         if who is not None:
             self._began[kind][1].add(who)
 
@@ -137,7 +138,8 @@ class Retry:
         self._kinds: set[str] = set()
 
     def after(self, error: AionpredisError, connection: Connection | None = None) -> float:
-        """Seconds to wait before the next attempt; raises ``error`` if there shall be none, or who was called gave up.
+        """Seconds to wait before the next attempt; raises a copy of ``error`` if there shall be none, or who was called gave
+        up.
 
         ``connection``: the one over which the server answered so. One that leads to a replica is given up: another server
         may be reached under that address by now.
@@ -161,12 +163,12 @@ class Retry:
                 error.args = (f"{error.args[0]} (given up after {times})", *error.args[1:])
             faults.leaves(kind, self)
             self._kinds.discard(kind)
-            raise error
+            raise copy.copy(error).with_traceback(error.__traceback__) from error.__cause__
         faults.counters.retries += 1
         faults.begins(kind, error, self)
         self._kinds.add(kind)
         pause = min(backoff(self.attempts), self._began + self._seconds - now)
-        logger.debug("%s: attempt %d in %.3f s: %s", faults.place, self.attempts + 1, pause, error)
+        logger.debug("%s: attempt %d in %.3f s: %s", faults.place, self.attempts + 1, pause, str(error))
         return pause
 
     def succeeded(self) -> None:

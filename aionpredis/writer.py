@@ -165,6 +165,7 @@ class Writer:
             self._closed = True
             self._room.set()
             self._abandon()
+            self._work.set()  # an idle pump ends by itself: in asyncio, the error of one that is cancelled keeps its frame
             self._tasks.cancel_scope.cancel()
             try:
                 await self._tasks.__aexit__(None, None, None)  # the pump raises nothing: only a cancellation comes out
@@ -173,7 +174,10 @@ class Writer:
                 self._retry.reset()
         if failed is not None:
             if error is None:
-                raise failed
+                try:
+                    raise failed
+                finally:
+                    del failed  # it refers to this frame
             error.add_note(f"Besides, {failed}")
         return None
 
@@ -328,6 +332,8 @@ class Writer:
         """Settle the batches in flight, in order, and send the current one when nothing else travels."""
         while True:
             if not (self._inflight or self._queued):
+                if self._closed:
+                    return
                 self._retry.reset()
                 if self._current is not None and self._current.keys:
                     self._close_batch()

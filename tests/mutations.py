@@ -30,6 +30,7 @@ CLIENT_TESTS = ["tests/test_client.py", "tests/test_connection.py", *ONE_LOOP]
 WRITER_TESTS = ["tests/test_writer.py", *ONE_LOOP]
 PARSER_TESTS = ["tests/test_resp.py", *ONE_LOOP]
 CANCELLATION_TESTS = ["tests/test_cancellation.py", "tests/test_connection.py", *ONE_LOOP]
+RELEASE_TESTS = ["tests/test_release.py", *ONE_LOOP]
 TIMEOUT = 240
 """Seconds for one of them. All tests pass in a sixth of that."""
 
@@ -483,6 +484,47 @@ MUTATIONS = [
         "wire: who parks for reading is not told of a request",
         [(CONNECTION, "if self._parked and self._sock.", "if False and self._sock.")],
         CONNECTION_TESTS,
+    ),
+    # --- memory ---
+    Mutation(
+        "wire: a reply's error is raised itself",
+        [(CONNECTION, "raise _copy(reply.error)", "raise reply.error")],
+        RELEASE_TESTS,
+    ),
+    Mutation(
+        "wire: a broken connection keeps the error that was raised",
+        [(CONNECTION, "else _copy(error)\n", "else error\n")],
+        RELEASE_TESTS,
+    ),
+    Mutation(
+        "wire: what was given up is raised itself",
+        [("retry.py", "raise copy.copy(error).with", "raise error.with")],
+        RELEASE_TESTS,
+    ),
+    Mutation(
+        "wire: a failed attempt to connect keeps the thread's frames",
+        [("wire/dial.py", "                each.__traceback__ = None\n", "                pass\n")],
+        RELEASE_TESTS,
+    ),
+    Mutation(
+        "wire: the log keeps errors",
+        [("retry.py", "self.place, str(error))", "self.place, error)")],
+        RELEASE_TESTS,
+    ),
+    Mutation(
+        "wire: a server's error is raised itself",
+        [("errors.py", "        error = copy.copy(self)\n", "        error = self\n")],
+        RELEASE_TESTS,
+    ),
+    Mutation(
+        "wire: an idle writer's pump is cancelled",
+        [(WRITER, "            self._work.set()  # an idle", "            # an idle")],
+        RELEASE_TESTS,
+    ),
+    Mutation(
+        "an actor that was left keeps its buffers",
+        [("replay/actor.py", "        self._free.clear()\n", "")],
+        RELEASE_TESTS,
     ),
 ]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import time
 from collections.abc import Awaitable, Generator
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import anyio
 import anyio.lowlevel
+import numpy as np
 from anyio.abc import TaskGroup
 
 from aionpredis import streams
@@ -172,16 +174,26 @@ class Actor:
                 except AionpredisError as caught:
                     failure = caught
         finally:
+            self._close()
             self._tasks.cancel_scope.cancel()
-            try:
-                await self._tasks.__aexit__(*((kind, error, trace) if cancelled else (None, None, None)))
-            finally:
-                self._committer.close()
+            await self._tasks.__aexit__(*((kind, error, trace) if cancelled else (None, None, None)))
         if failure is not None:
             if error is None:
-                raise failure
+                try:
+                    raise failure
+                finally:
+                    del failure  # it refers to this frame
             error.add_note(f"Besides, on leaving the actor: {failure}")
         return None
+
+    def _close(self) -> None:
+        """Let go of the buffers: an actor refers to itself, by the functions that were compiled for it."""
+        self._committer.close()
+        self._stats.appended += self._rows.count()
+        self._rows.switch(dict.fromkeys(self._schema, np.empty(0)), 0)  # no row to write
+        self._current = None
+        self._free.clear()
+        self.run = None
 
     # --- runs --------------------------------------------------------------------------------------------------------
 
@@ -191,7 +203,7 @@ class Actor:
         Raises:
             SchemaMismatch: the run was begun with other columns.
         """
-        if self._tasks is None:
+        if self._tasks is None or self._tasks.cancel_scope.cancel_called:
             raise UsageError("use the actor inside of its `async with` block")
         if self.run is not None:
             try:
@@ -321,7 +333,7 @@ class Actor:
         self.run = None
         if self._committer.failure is not None:
             self._last = None
-            raise self._committer.failure
+            raise copy.copy(self._committer.failure)
         if self._committer.gone:
             raise ReplayGone(f"the log of {name!r} was deleted", replay=name, run=run.run)
         raise RunEnded(f"run {run.run} of {name!r} has ended: a newer one has begun", replay=name, run=run.run)

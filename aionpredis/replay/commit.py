@@ -7,13 +7,14 @@ those of different chunks travel together.
 
 from __future__ import annotations
 
+import copy
 import enum
 import logging
 import math
 import time
 from collections import deque
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import anyio
@@ -137,6 +138,7 @@ class Committer:
         self._retry = Retry(client.faults)
         self._full = Retry(client.faults, math.inf)
         self._connection: Connection | None = None
+        self._closed = False
         self._to_do = anyio.Event()
         self._progress = anyio.Event()
 
@@ -177,9 +179,11 @@ class Committer:
         await self._progress.wait()
 
     async def work(self) -> None:
-        """Settle what is committed, for ever."""
+        """Settle what is committed, until :meth:`close`."""
         while True:
             if not self.busy:
+                if self._closed:
+                    return
                 self._to_do = anyio.Event()
                 await self._to_do.wait()
                 continue
@@ -228,6 +232,9 @@ class Committer:
             self._counters.inflight_bytes -= commit.size
         self._backlog.clear()
         self._rounds.clear()
+        self._connection = None
+        self._closed = True
+        self._to_do.set()  # an idle work() ends by itself: in asyncio, the error of one that is cancelled keeps its frame
 
     def abandon(self) -> None:
         """Nobody waits for the replies any more, and nothing is read from the buffers."""
@@ -245,8 +252,8 @@ class Committer:
             commit.step = _Step.SET
 
     def _fail(self, error: AionpredisError) -> None:
-        logger.warning("%s: chunks on their way are given up: %s", self._names.name, error)
-        self.failure = error
+        logger.warning("%s: chunks on their way are given up: %s", self._names.name, str(error))
+        self.failure = copy.copy(error)
         self._give_up()
 
     def _give_up(self) -> None:
@@ -316,22 +323,22 @@ class Committer:
         """Take the replies to the oldest round; raises the first that is an error, after all were taken."""
         commits, reply = self._rounds[0]
         if reply.error is not None:
-            raise reply.error
+            raise copy.copy(reply.error)
         self._rounds.popleft()
-        failure: ServerError | None = None
+        failure: Callable[[], ServerError] | None = None
         for commit, value in zip(commits, reply.values, strict=True):
             if not isinstance(value, ServerError):
                 self._advance(commit, value)
                 continue
-            value.about(commit.step.value, self._names.log if commit.step in (_Step.LOG, _Step.FIND) else commit.key)
             if commit.step is _Step.LOG and streams.is_stale(value):
                 self.ended = True
                 self._queue(commit, _Step.FIND if commit.repeated else _Step.DROP)
             else:
+                about = self._names.log if commit.step in (_Step.LOG, _Step.FIND) else commit.key
                 self._queue(commit, commit.step)
-                failure = failure or value
+                failure = failure or partial(value.about, commit.step.value, about)
         if failure is not None:
-            raise failure
+            raise failure()
 
     def _advance(self, commit: _Commit, value: Any) -> None:
         """Take the reply to the commit's command; queue its next one, or settle it."""

@@ -142,7 +142,7 @@ class Connection:
             self._hand_over()  # the wake-up may have come just before the cancellation
             raise
         if reply.error is not None:
-            raise reply.error
+            raise _copy(reply.error)
 
     def _hand_over(self) -> None:
         """Wake the next task that still waits, so that it drives."""
@@ -308,7 +308,7 @@ class Connection:
         """
         if self.lost is not None:
             return
-        self.lost = ConnectionLost(*error.args) if isinstance(error, ProtocolError) else error
+        self.lost = ConnectionLost(*error.args) if isinstance(error, ProtocolError) else _copy(error)
         self._ready.closing()
         self._sock.raw.close()
         self._outbox.clear()

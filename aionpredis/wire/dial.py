@@ -80,6 +80,8 @@ class Dialer:
             if source.sentinels:
                 self._sentinels = Sentinels(source, _sentinel_settings(source, settings), timeout=connect_timeout)
             limits = {"socket_connect_timeout": connect_timeout, "socket_timeout": connect_timeout}
+            # redis-py's parser for hiredis refers to itself, so its buffer stays until the garbage collector comes.
+            limits["socket_read_size"] = 4096
             settings = {**limits, "retry": Retry(NoBackoff(), 0), **settings}
             settings["protocol"] = 2  # whatever an environment's REDIS_URL asks for
             self._credentials = settings.get("credential_provider")
@@ -119,21 +121,26 @@ class Dialer:
             AuthenticationError: the server refused the user or password.
         """
         attempt = _Attempt()
-        sock: Socket | None = None
+        outcome: Socket | ConnectError | None = None
         try:
             # Each step in the thread has this limit, too; a name's look-up, or a server that trickles, has none there.
             with anyio.move_on_after(float(self._connect_timeout)):
-                sock = await anyio.to_thread.run_sync(self._connect, attempt, readonly, abandon_on_cancel=True)
+                outcome = await anyio.to_thread.run_sync(self._connect, attempt, readonly, abandon_on_cancel=True)
         except BaseException:
             attempt.abandon()
             raise
-        if sock is None:
+        if outcome is None:
             attempt.abandon()
             late = TimeoutError(f"timed out after {self._connect_timeout:g} s")
             raise ConnectError(self._describe(str(late), late))
-        return Connection(sock, timeout=self._timeout, max_bulk=self._max_bulk, counters=self._counters)
+        if isinstance(outcome, ConnectError):
+            raise copy.copy(outcome) from outcome.__cause__
+        return Connection(outcome, timeout=self._timeout, max_bulk=self._max_bulk, counters=self._counters)
 
-    def _connect(self, attempt: _Attempt, readonly: bool) -> Socket:
+    def _connect(self, attempt: _Attempt, readonly: bool) -> Socket | ConnectError:
+        """Runs in the thread, whose frames keep what is raised through them: so an error is returned, and without the
+        tracebacks of those that led to it.
+        """
         arguments = dict(self._arguments)
         if self._credentials is not None:  # asked here, so that they are known where messages are made
             provider = arguments.pop("credential_provider")
@@ -141,8 +148,6 @@ class Dialer:
             arguments["username"] = user[0] if user else None
         if self._sentinels is not None:
             arguments["host"], arguments["port"] = self._sentinels.find()
-        failure: ConnectError
-        cause: Exception | None
         connection = self._make(**arguments)
         try:
             connection.connect()
@@ -150,19 +155,21 @@ class Dialer:
         except (redis.RedisError, OSError, ValueError) as error:
             hidden = secrets(arguments)
             message = scrub(str(error), hidden)
+            failure: ConnectError
             if is_refusal(error):
                 failure = AuthenticationError(f"{self.url} refused to let us in: {message} ({_who(error)})")
             else:
                 failure = ConnectError(self._describe(message, error))
             texts = [str(text) for each in chain(error) for text in (each, *each.args)]
-            cause = error if all(scrub(text, hidden) == text for text in texts) else None
-        else:
-            raw, connection._sock = connection._sock, None
-            if raw is None:
-                raise ConnectError(f"no connection to {self.url}: redis-py closed it at once")
-            attempt.succeeded(raw)
-            return wrap(raw)
-        raise failure from cause  # not while the other error is handled: it would be the context
+            failure.__cause__ = error if all(scrub(text, hidden) == text for text in texts) else None
+            for each in chain(error):
+                each.__traceback__ = None
+            return failure  # who raises it does not handle the other error, which would become its context
+        raw, connection._sock = connection._sock, None
+        if raw is None:
+            return ConnectError(f"no connection to {self.url}: redis-py closed it at once")
+        attempt.succeeded(raw)
+        return wrap(raw)
 
     def _describe(self, message: str, error: Exception) -> str:
         hint = advice(error, scheme=self.url.partition(":")[0].partition("+")[0])

@@ -48,6 +48,7 @@ class Fleet:
         self._folder = folder
         self._rng = rng
         self._context = multiprocessing.get_context("spawn")
+        self._loops = rng.sample(LOOPS, len(LOOPS))  # so a seed decides on which the constant ones run
         self._made = LEARNERS  # learners keep their numbers, a simulator that starts anew is another one
         self.slots: list[BaseProcess] = []
         for slot in range(LEARNERS + SIMULATORS):
@@ -58,7 +59,7 @@ class Fleet:
         if slot >= LEARNERS:
             number, self._made = self._made, self._made + 1
         role = "learner" if slot < LEARNERS else "simulator"
-        loop = LOOPS[slot % 3]
+        loop = self._loops[slot % len(LOOPS)]
         arguments = (role, self._proxies[slot].url, str(self._folder), number, f"{self._rng.random()}", loop)
         worker = self._context.Process(target=process, args=arguments, name=f"{role} {number} on {loop}")
         worker.start()
@@ -71,8 +72,8 @@ class Fleet:
         self.slots[slot] = self._start(slot)
 
     @property
-    def constant(self) -> dict[str, BaseProcess]:
-        return {"learner": self.slots[0], "simulator": self.slots[LEARNERS]}
+    def constant(self) -> list[BaseProcess]:
+        return [self.slots[0], self.slots[LEARNERS]]
 
     def check(self) -> None:
         """No process has ended with an error."""
@@ -158,7 +159,7 @@ def main() -> None:
     console.print(f"{SIMULATORS} simulators, {LEARNERS} learners, {seconds:.0f} s; seed {seed}")
     rng = random.Random(seed)
     verdicts: list[Verdict] = []
-    samples: dict[str, list[tuple[int, int]]] = {"learner": [], "simulator": []}
+    samples: dict[str, list[tuple[int, int]]] = {}
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="soak-")))
         config = {"appendonly": "yes", "appendfsync": "no", "dir": str(folder)}
@@ -182,8 +183,8 @@ def main() -> None:
                 trainer.result()
             if time.monotonic() - sampled > 0.5:
                 sampled = time.monotonic()
-                for role, worker in fleet.constant.items():
-                    samples[role].append(usage(worker.pid or 0))
+                for worker in fleet.constant:
+                    samples.setdefault(worker.name, []).append(usage(worker.pid or 0))
         chaos.heal()
         (folder / "stop").touch()
         trainer.result(PATIENCE + 10)
@@ -207,13 +208,13 @@ def main() -> None:
         "leftover keys": left,
     }
     growth = {}
-    for role, values in samples.items():
+    for name, values in samples.items():
         third = max(1, len(values) // 3)
         middle, end = values[third : 2 * third] or values, values[-third:]
         memory = [statistics.median(value for value, _ in part) for part in (middle, end)]
         files = [max(value for _, value in part) for part in (middle, end)]
-        growth[f"memory of the constant {role}"] = memory[1] / memory[0]
-        growth[f"open files of the constant {role}"] = files[1] / files[0]
+        growth[f"memory of the constant {name}"] = memory[1] / memory[0]
+        growth[f"open files of the constant {name}"] = files[1] / files[0]
     table = Table(show_header=False)
     for name, value in figures.items():
         table.add_row(name, f"{value:,}")

@@ -243,8 +243,9 @@ async def follow(worker: Worker, client: Client, ledger: Ledger, run: int, after
             worker.check(batch["state"], (batch["uid"] % (1 << 24)).astype(np.float32)[:, None])
             _, entry, row = reader.position
             ledger.write(run, entry, row, batch["uid"])
-    stats = reader.stats
-    worker.must(not stats.evicted and not stats.missing)
+    # ``missing`` may be: who is killed between XADD and PERSIST leaves an entry whose data go after one lease. Whether all
+    # that was acknowledged has come, the ledgers say.
+    worker.must(not reader.stats.evicted)
 
 
 async def sample(worker: Worker, client: Client) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -158,7 +159,7 @@ class _Writing:
         """Raise what has happened to the run, or to the server."""
         name, run = self._names.name, self._run
         if self._committer.failure is not None:
-            raise self._committer.failure
+            raise copy.copy(self._committer.failure)
         if self._committer.gone:
             raise ReplayGone(f"the log of {name!r} was deleted", replay=name, run=run)
         if self._committer.ended:
