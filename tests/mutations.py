@@ -31,6 +31,8 @@ WRITER_TESTS = ["tests/test_writer.py", *ONE_LOOP]
 PARSER_TESTS = ["tests/test_resp.py", *ONE_LOOP]
 CANCELLATION_TESTS = ["tests/test_cancellation.py", "tests/test_connection.py", *ONE_LOOP]
 RELEASE_TESTS = ["tests/test_release.py", *ONE_LOOP]
+CLUSTER_TESTS = ["tests/test_discovery.py", *ONE_LOOP]
+SENTINEL_TESTS = ["tests/test_service.py", *ONE_LOOP]
 TIMEOUT = 240
 """Seconds for one of them. All tests pass in a sixth of that."""
 
@@ -50,6 +52,9 @@ CONNECTION = "wire/connection.py"
 PARSER = "wire/resp.py"
 WRITER = "writer.py"
 PIPELINE = "pipeline.py"
+DISCOVERY = "wire/discovery.py"
+SENTINEL = "wire/sentinel.py"
+DIAL = "wire/dial.py"
 
 XADD = 'arguments = [b"XADD", log, b"NOMKSTREAM", b"%d-*" % run, FIELD]'
 SET_LONG = 'return resp.encode("SET", key, Blob(commit.value), "NX", "PX", self._lease_ms)'
@@ -525,6 +530,79 @@ MUTATIONS = [
         "an actor that was left keeps its buffers",
         [("replay/actor.py", "        self._free.clear()\n", "")],
         RELEASE_TESTS,
+    # --- where the servers are ---
+    Mutation(
+        "wire: a silent node of a cluster is waited for",
+        [(DISCOVERY, "PATIENCE = 0.5", "PATIENCE = 1e9")],
+        CLUSTER_TESTS,
+    ),
+    Mutation(
+        "wire: the nodes that a cluster names are forgotten",
+        [(DISCOVERY, "self._known = tuple(dict.fromkeys((node, *named)))", "pass")],
+        CLUSTER_TESTS,
+    ),
+    Mutation(
+        "wire: the nodes in a cluster's URL are asked once only",
+        [(DISCOVERY, "(*self._known, *self._startup)", "(self._known or self._startup)")],
+        CLUSTER_TESTS,
+    ),
+    Mutation(
+        "wire: a node that belongs to no cluster is believed",
+        [(DISCOVERY, "if not slots:", "if False:")],
+        CLUSTER_TESTS,
+    ),
+    Mutation(
+        "wire: addresses of a cluster are not mapped",
+        [(DISCOVERY, "return address if self._remap is None else self._remap(address)", "return address")],
+        CLUSTER_TESTS,
+    ),
+    Mutation(
+        "wire: a replica is not told to answer",
+        [(DIAL, "        if readonly:\n", "        if False:\n")],
+        CLUSTER_TESTS,
+    ),
+    Mutation(
+        "wire: a node's TLS is asked for another's name",
+        [(DIAL, '{**self._arguments, "host": host, "port": port}', '{**self._arguments, "port": port}')],
+        CLUSTER_TESTS,
+    ),
+    Mutation(
+        "wire: whom a Sentinel names is believed to be the primary",
+        [(DIAL, "primary=self._sentinels is not None", "primary=False")],
+        SENTINEL_TESTS,
+    ),
+    Mutation(
+        "wire: a service is looked for once only",
+        [
+            (
+                DIAL,
+                '            arguments["host"], arguments["port"] = self._sentinels.find()\n',
+                """
+            if not hasattr(self, "found"):
+                self.found = self._sentinels.find()
+            arguments["host"], arguments["port"] = self.found
+""",
+            ),
+        ],
+        SENTINEL_TESTS,
+    ),
+    Mutation(
+        "wire: a silent Sentinel takes all the time",
+        [(SENTINEL, "timeout / (len(source.sentinels) + 1)", "timeout")],
+        SENTINEL_TESTS,
+    ),
+    Mutation(
+        "wire: the Sentinel that knew is not asked first",
+        [(SENTINEL, "                self._first = address\n", "")],
+        SENTINEL_TESTS,
+    ),
+    Mutation(
+        "wire: connections to Sentinels stay",
+        [
+            (SENTINEL, "            pool.disconnect()\n", "            keep.append(pool)\n"),
+            (SENTINEL, "\n\nclass Sentinels", "\n\nkeep: Any = []\n\n\nclass Sentinels"),
+        ],
+        SENTINEL_TESTS,
     ),
 ]
 

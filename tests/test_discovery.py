@@ -272,7 +272,13 @@ async def test_password_and_user_hold_for_every_node(kind: str) -> None:
             await dialer(url_of(*cluster.nodes), username="few", password="pw").discover()
         for node in cluster.nodes:
             node.call("ACL", "SETUSER", "few", "+cluster|slots")
-        assert await dialer(url_of(*cluster.nodes), username="few", password="pw").discover() == [span]
+        finder = dialer(url_of(*cluster.nodes), username="few", password="pw")
+        assert await finder.discover() == [span]
+        with pytest.raises(AuthenticationError, match="readonly"):
+            await finder.at(span.replicas[0]).dial(readonly=True)
+        for node in cluster.nodes:
+            node.call("ACL", "SETUSER", "few", "+readonly")
+        (await finder.at(span.replicas[0]).dial(readonly=True)).close()
 
 
 async def test_tls_asks_for_the_name_of_each_server(tmp_path: Path) -> None:

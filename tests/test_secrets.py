@@ -18,6 +18,9 @@ from urllib.parse import quote
 import numpy as np
 import pytest
 import redis
+import redis.asyncio
+import redis.asyncio.sentinel
+import redis.sentinel
 from typer.testing import CliRunner
 
 import aionpredis
@@ -25,6 +28,10 @@ from aionpredis import Schema, cli
 from aionpredis.errors import AionpredisError, AuthenticationError, ConnectError, UsageError
 from aionpredis.server import Server
 from aionpredis.wire.advice import chain
+from aionpredis.wire.dial import Dialer
+from aionpredis.wire.discovery import ClusterDialer, open_source
+from aionpredis.wire.resp import MAX_BULK
+from aionpredis.wire.source import read
 
 from .servers import free_port, make_server, until
 from .test_tls import listener
@@ -162,6 +169,74 @@ async def test_server_that_knows_no_auth(given: Any) -> None:
         assert "unknown command" in await refused(make(long, path, "unix"))
 
 
+# --- clusters and Sentinels --------------------------------------------------------------------------------------------
+
+SEVERAL = {
+    "cluster": ("redis+cluster", "", ""),
+    "service": ("redis+sentinel", "/svc", ""),
+    "Sentinels' password": ("redis+sentinel", "/svc", f"sentinel_password={ENCODED}"),
+}
+"""Scheme, what stands behind the hosts, and a further option."""
+
+
+@pytest.fixture(params=[*SEVERAL.values()], ids=[*SEVERAL])
+def several(request: pytest.FixtureRequest) -> Any:
+    return request.param
+
+
+def finder(given: Any, several: Any, *hosts: str) -> Dialer | ClusterDialer:
+    (before, behind, more), (scheme, path, option) = given, several
+    query = "&".join(part for part in (behind.removeprefix("?"), option) if part)
+    url = f"{scheme}://{before}{','.join(hosts)}{path}?{query}"
+    made = open_source(url, connect_timeout=0.4, timeout=1, max_bulk=MAX_BULK, **more)
+    clean(made, repr(made), made.url, read(url), repr(read(url)))
+    return made
+
+
+async def not_found(made: Dialer | ClusterDialer, kind: type[ConnectError] = ConnectError) -> str:
+    with pytest.raises(kind) as raised:
+        await (made.discover() if isinstance(made, ClusterDialer) else made.dial())
+    clean_error(raised.value)
+    return str(raised.value)
+
+
+async def test_nobody_listens_in_the_whole_cluster(given: Any, several: Any) -> None:
+    one, two = f"127.0.0.1:{free_port()}", f"localhost:{free_port()}"
+    message = await not_found(finder(given, several, one, two))
+    assert f"{several[0]}://{one},{two}{several[1]}" in message
+
+
+@pytest.mark.parametrize("reply", [b"-ERR unknown command ?\r\n", b"-WRONGPASS ?\r\n", b"?\r\n", b"+?\r\n"])
+async def test_node_quotes_what_it_was_sent(given: Any, several: Any, reply: bytes) -> None:
+    with listener(answering(reply)) as one, listener(answering(reply)) as two:
+        await not_found(finder(given, several, f"127.0.0.1:{one}", f"127.0.0.1:{two}"))
+
+
+async def test_node_refuses_the_password(given: Any, several: Any) -> None:
+    with make_server("valkey", port=(port := free_port()), config={"requirepass": "another"}):
+        await not_found(finder(given, several, f"127.0.0.1:{port}"), AuthenticationError)
+
+
+def clients() -> Iterator[Any]:
+    port = free_port()
+    for module in (redis, redis.asyncio):
+        for login in ({"password": CANARY}, {"credential_provider": Provider()}):
+            yield module.Redis(port=port, **login)
+            yield module.Redis.from_url(f"redis://127.0.0.1:{port}", **login)
+            watchers = module.sentinel.Sentinel([("127.0.0.1", port)], sentinel_kwargs={"password": CANARY}, **login)
+            yield watchers.master_for("svc")
+    yield redis.asyncio.RedisCluster(host="127.0.0.1", port=port, password=CANARY)
+
+
+async def test_client_of_redis_py_as_the_source() -> None:
+    for client in clients():
+        clean(repr(read(client)))
+        await not_found(open_source(client, connect_timeout=0.4, timeout=1, max_bulk=MAX_BULK))
+        with pytest.raises(UsageError) as raised:
+            open_source(client, connect_timeout=0.4, timeout=1, max_bulk=MAX_BULK, nonsense=1)
+        clean_error(raised.value)
+
+
 # --- URLs and options that are wrong ---------------------------------------------------------------------------------
 
 
@@ -184,6 +259,25 @@ async def test_server_that_knows_no_auth(given: Any) -> None:
         "redis://user:coal@host:99999",
         "redis://user:coal@[::1",
         "redis://user:coal\u2100@host",  # NFKC: urllib quotes it
+        f"redis+cluster://user:{CANARY}@host:6379,host",
+        "redis+cluster://user:6379/coal@host,host",
+        "redis+cluster://user:coal",  # without the host
+        "redis+cluster://user:coal,host",
+        "redis+cluster://user:coal@host:port",
+        "redis+cluster://user:coal@host,[::1",
+        "redis+cluster://user:coal\u2100@host",
+        f"redis+cluster://:{ENCODED}@host/7",
+        f"redis+cluster://:{ENCODED}@host?db=7",
+        f"redis+cluster://:{ENCODED}@host?db=c4n4ry",
+        f"redis+sentinel://:{ENCODED}@host",
+        f"redis+sentinel://:{ENCODED}@host/svc/db",
+        f"redis+sentinel://user:{CANARY}@host/svc",
+        "redis+sentinel://:1?coal@host/svc",
+        "redis+sentinel://:1#coal@host/svc",
+        f"redis+sentinel://host/svc?sentinel_password={ENCODED}&nonsense=1",
+        f"redis+sentinel://host/svc?sentinel_password={ENCODED}&socket_timeout=soon",
+        f"redis+sentinel://host/svc?sentinel_pass={ENCODED}",
+        f"rediss+sentinel://host/svc?sentinel_password={ENCODED}&ssl_ca_certs=/nowhere",
         f"redis://:{ENCODED}@host?socket_timeout=soon",
         f"redis://:{ENCODED}@host?nonsense=1",
         f"redis://host?password={ENCODED}&nonsense=1",
@@ -221,6 +315,7 @@ def test_url_is_shown_without_what_is_secret(given: Any, place: str) -> None:
         {"codec": "none such"},
         {"ssl_ca_certs": "x"},
         {"username": "u", "credential_provider": Provider()},
+        {"sentinel_password": CANARY},
     ],
 )
 def test_wrong_option_does_not_quote_the_others(options: dict[str, Any]) -> None:

@@ -65,14 +65,16 @@ class Sentinels:
     def _ask(self, address: Address) -> Address:
         source = self._source
         pool = redis.ConnectionPool(**self._settings | {"host": address[0], "port": address[1]})
+        judge: Any = Sentinel([], source.min_other_sentinels)  # type: ignore[no-untyped-call]
         try:
             services: Any = redis.Redis(connection_pool=pool).sentinel_masters()
+            state = services.get(source.service)
+            if state is None:
+                raise redis.ConnectionError(f"it watches {', '.join(map(repr, services)) or 'nothing'}")
+            if not judge.check_master_state(state, source.service):
+                raise redis.ConnectionError(f"{state['ip']}:{state['port']} is down, or too few Sentinels agree")
+            return source.force_ip or state["ip"], int(state["port"])
+        except (ValueError, TypeError, LookupError, AttributeError):
+            raise redis.ConnectionError("it answers SENTINEL MASTERS with something else") from None
         finally:
             pool.disconnect()
-        state = services.get(source.service)
-        if state is None:
-            raise redis.ConnectionError(f"it watches {', '.join(map(repr, services)) or 'nothing'}")
-        judge: Any = Sentinel([], source.min_other_sentinels)  # type: ignore[no-untyped-call]
-        if not judge.check_master_state(state, source.service):
-            raise redis.ConnectionError(f"the last, {state['ip']}:{state['port']}, is down, or too few Sentinels agree")
-        return source.force_ip or state["ip"], state["port"]

@@ -56,9 +56,10 @@ class Source:
     service: str = ""
     min_other_sentinels: int = 0
     force_ip: str | None = None  # of the server that the Sentinels find
-    from_url: str = ""  # with secrets, for redis-py
-    from_client: Mapping[str, Any] = field(default_factory=dict)
-    from_sentinel: Mapping[str, Any] | None = None  # how a client's Sentinels are connected
+    # With secrets, so in no repr:
+    from_url: str = field(default="", repr=False)
+    from_client: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    from_sentinel: Mapping[str, Any] | None = field(default=None, repr=False)  # how a client's Sentinels are connected
 
     def settings(self, options: Mapping[str, Any]) -> dict[str, Any]:
         """Arguments of redis-py's connection. Options override what a client says, and a URL overrides options.
@@ -135,6 +136,7 @@ def _read_many(url: str, secure: str, kind: str) -> Source:
     nodes = tuple(_read_host(host, scheme, _PORTS[kind]) for host in hosts.split(","))
     shown = f"{scheme}://{','.join(map(place, nodes))}"
     first = f"{secure}://{login}{at}{place(nodes[0])}"
+    without_secrets(first)  # raises what urlsplit() would, without quoting it
     names = [unquote(name) for name in path.split("/") if name]
     if kind == "cluster":
         if names:
