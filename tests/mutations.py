@@ -530,6 +530,7 @@ MUTATIONS = [
         "an actor that was left keeps its buffers",
         [("replay/actor.py", "        self._free.clear()\n", "")],
         RELEASE_TESTS,
+    ),
     # --- where the servers are ---
     Mutation(
         "wire: a silent node of a cluster is waited for",
