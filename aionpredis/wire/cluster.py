@@ -143,7 +143,7 @@ class Cluster:
         host, port = error.address
         if host in ("", "?"):  # the server does not know by which name it is reached, but on the same host as itself
             host = next((known for known, other in self._servers if other == port), next(iter(self._servers))[0])
-        return self._server((host, port))
+        return self._server(self._dialer.reached((host, port)))
 
     def _server(self, address: Address) -> Shard:
         shard = self._servers.get(address)

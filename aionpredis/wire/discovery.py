@@ -75,20 +75,23 @@ class ClusterDialer:
             AuthenticationError: all of them refused us.
         """
         nodes = list(dict.fromkeys((*self._known, *self._startup)))
-        found: list[Slots] = []
+        found: list[tuple[Address, list[Slots]]] = []
+        doubtful: list[tuple[Address, list[Slots]]] = []  # by nodes that are cut off from most others, perhaps
         failures: list[Exception] = []
 
         async def ask(node: Address, failed: anyio.Event) -> None:
             try:
-                slots = await self._ask(node)
+                is_ok, slots = await self._ask(node)
             except Exception as error:
                 failures.append(error)
                 failed.set()
             else:
+                if not is_ok:
+                    doubtful.append((node, slots))
+                    failed.set()
+                    return
                 if not found:
-                    named = (each for span in slots for each in (span.primary, *span.replicas))
-                    self._known = tuple(dict.fromkeys((node, *named)))
-                    found.extend(slots)
+                    found.append((node, slots))
                 tasks.cancel_scope.cancel()
 
         async with anyio.create_task_group() as tasks:
@@ -97,8 +100,10 @@ class ClusterDialer:
                 tasks.start_soon(ask, node, failed)
                 with anyio.move_on_after(PATIENCE):
                     await failed.wait()
-        if found:
-            return found
+        for node, slots in (found or doubtful)[:1]:
+            named = (each for span in slots for each in (span.primary, *span.replicas))
+            self._known = tuple(dict.fromkeys((node, *named)))
+            return slots
         for error in failures:
             if not isinstance(error, ConnectError):  # raised by the caller's address_remap or credential_provider
                 raise error
@@ -106,16 +111,20 @@ class ClusterDialer:
         kind = AuthenticationError if refused else ConnectError
         raise kind(f"no node of {self.url} answered: {'; '.join(map(str, failures))}")
 
-    async def _ask(self, node: Address) -> list[Slots]:
+    async def _ask(self, node: Address) -> tuple[bool, list[Slots]]:
+        """Whether the node takes its cluster for complete, and the slots as it knows them."""
         dialer = self.at(node)
         slots: list[Slots] | None = None
+        is_ok = False
         deadline = anyio.current_time() + self._connect_timeout  # of both
         try:
             connection = await dialer.dial()
             try:
                 with anyio.CancelScope(deadline=deadline):
+                    info = connection.submit(resp.encode("CLUSTER", "INFO"), Reply())
                     reply = connection.submit(resp.encode("CLUSTER", "SLOTS"), Reply())
                     await connection.wait(reply)
+                    is_ok = b"cluster_state:fail" not in info.result()
                     slots = _parse(reply.result(), node)
             finally:
                 connection.close()
@@ -131,7 +140,7 @@ class ClusterDialer:
             raise ConnectError(
                 f"{dialer.url} knows of no slots: it is not a part of the cluster (CLUSTER MEET, ADDSLOTS)"
             )
-        return [
+        return is_ok, [
             Slots(span.first, span.last, self.reached(span.primary), tuple(map(self.reached, span.replicas)))
             for span in slots
         ]
