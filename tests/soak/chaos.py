@@ -45,9 +45,10 @@ class Chaos:
         fault()
 
     def heal(self) -> None:
-        """Nothing goes wrong any more."""
+        """Nothing goes wrong any more, and no connection that was cut in one direction stays silent until its timeout."""
         for proxy in self.proxies:
             vars(proxy).update(vars(Faults()))
+            proxy.cut()
 
     def _for(self, seconds: float, **faults: object) -> None:
         proxy = self.rng.choice(self.proxies)
