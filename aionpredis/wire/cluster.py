@@ -103,9 +103,10 @@ class Cluster:
             ConnectError: no server of the cluster can be asked for the map.
         """
         if not error.asks:
-            self._slots[error.slot] = self._target(error)
+            address = self._address(error)
+            self._slots[error.slot] = self._server(address)
             if time.monotonic() - self._refreshed_at > REFRESH_SECONDS:
-                await self._refresh()
+                await self._refresh(address)  # who has it now knows it first
 
     async def follow(self, request: Sequence[Buffer], reply: Reply) -> None:
         commands: list[Sequence[Buffer]] = [request]
@@ -122,7 +123,7 @@ class Cluster:
         reply.sent = False  # it did not run there
         for _ in range(MAX_REDIRECTIONS):
             await self.learn(error)
-            connection = await self._target(error).connection()
+            connection = await self._server(self._address(error)).connection()
             again = reply.again()
             try:
                 await self._ask(connection, command, again, asks=error.asks)
@@ -139,11 +140,11 @@ class Cluster:
             connection.submit(_ASKING, Reply(), send=False)  # nobody comes between
         await connection.wait(connection.submit(command, reply))
 
-    def _target(self, error: Redirected) -> Shard:
+    def _address(self, error: Redirected) -> Address:
         host, port = error.address
         if host in ("", "?"):  # the server does not know by which name it is reached, but on the same host as itself
             host = next((known for known, other in self._servers if other == port), next(iter(self._servers))[0])
-        return self._server(self._dialer.reached((host, port)))
+        return self._dialer.reached((host, port))
 
     def _server(self, address: Address) -> Shard:
         shard = self._servers.get(address)
@@ -160,12 +161,12 @@ class Cluster:
             await self._refresh()
         return shard not in self.shards
 
-    async def _refresh(self) -> None:
+    async def _refresh(self, first: Address | None = None) -> None:
         refreshed = self._refreshed
         async with self._refreshing:
             if self._refreshed != refreshed:
                 return  # by another task, while this one waited
-            found = await self._dialer.discover()
+            found = await self._dialer.discover(first)
             self._refreshed += 1
             self._refreshed_at = time.monotonic()
             slots: list[Shard | None] = [None] * SLOTS

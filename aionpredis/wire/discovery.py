@@ -66,15 +66,15 @@ class ClusterDialer:
         """Makes connections to this server of the cluster."""
         return self._any.at(*address)
 
-    async def discover(self) -> list[Slots]:
-        """The slots, as the first node says that answers: of those known, then of those in the URL. Slots that nobody serves
-        are in none of the ranges.
+    async def discover(self, first: Address | None = None) -> list[Slots]:
+        """The slots, as the first node says that answers: ``first``, those known, then those in the URL. Slots that nobody
+        serves are in none of the ranges.
 
         Raises:
             ConnectError: no node answers as one of a cluster, each within ``connect_timeout``.
             AuthenticationError: all of them refused us.
         """
-        nodes = list(dict.fromkeys((*self._known, *self._startup)))
+        nodes = list(dict.fromkeys((*([] if first is None else [first]), *self._known, *self._startup)))
         found: list[tuple[Address, list[Slots]]] = []
         doubtful: list[tuple[Address, list[Slots]]] = []  # by nodes that are cut off from most others, perhaps
         failures: list[Exception] = []
