@@ -89,9 +89,8 @@ def given(request: pytest.FixtureRequest) -> Any:
 
 def make(given: Any, place: str, scheme: str = "redis", **options: Any) -> aionpredis.Client:
     before, behind, more = given
-    return aionpredis.connect(
-        f"{scheme}://{before}{place}{behind}", connect_timeout=0.4, retry_timeout=0.5, **more, **options
-    )
+    limits = {"connect_timeout": 5.0, "retry_timeout": 0.5}
+    return aionpredis.connect(f"{scheme}://{before}{place}{behind}", **limits | more | options)
 
 
 async def refused(client: aionpredis.Client, kind: type[ConnectError] = ConnectError) -> str:
@@ -128,7 +127,7 @@ async def test_name_is_not_known(given: Any, monkeypatch: pytest.MonkeyPatch) ->
 
 async def test_silence(given: Any) -> None:
     with listener(lambda connection, ended: ended.wait(5)) as port:
-        assert "rediss://" in await refused(make(given, f"127.0.0.1:{port}"))
+        assert "rediss://" in await refused(make(given, f"127.0.0.1:{port}", connect_timeout=0.4))
 
 
 async def test_tls_fails(given: Any, tmp_path: Path) -> None:
@@ -188,7 +187,7 @@ def finder(given: Any, several: Any, *hosts: str) -> Dialer | ClusterDialer:
     (before, behind, more), (scheme, path, option) = given, several
     query = "&".join(part for part in (behind.removeprefix("?"), option) if part)
     url = f"{scheme}://{before}{','.join(hosts)}{path}?{query}"
-    made = open_source(url, connect_timeout=0.4, timeout=1, max_bulk=MAX_BULK, **more)
+    made = open_source(url, connect_timeout=5, timeout=5, max_bulk=MAX_BULK, **more)
     clean(made, repr(made), made.url, read(url), repr(read(url)))
     return made
 
@@ -231,9 +230,9 @@ def clients() -> Iterator[Any]:
 async def test_client_of_redis_py_as_the_source() -> None:
     for client in clients():
         clean(repr(read(client)))
-        await not_found(open_source(client, connect_timeout=0.4, timeout=1, max_bulk=MAX_BULK))
+        await not_found(open_source(client, connect_timeout=5, timeout=5, max_bulk=MAX_BULK))
         with pytest.raises(UsageError) as raised:
-            open_source(client, connect_timeout=0.4, timeout=1, max_bulk=MAX_BULK, nonsense=1)
+            open_source(client, connect_timeout=5, timeout=5, max_bulk=MAX_BULK, nonsense=1)
         clean_error(raised.value)
 
 
