@@ -544,7 +544,7 @@ MUTATIONS = [
     ),
     Mutation(
         "wire: the nodes in a cluster's URL are asked once only",
-        [(DISCOVERY, "(*self._known, *self._startup)", "(self._known or self._startup)")],
+        [(DISCOVERY, "*self._known, *self._startup))", "*(self._known or self._startup)))")],
         CLUSTER_TESTS,
     ),
     Mutation(

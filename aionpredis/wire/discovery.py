@@ -124,7 +124,8 @@ class ClusterDialer:
                     info = connection.submit(resp.encode("CLUSTER", "INFO"), Reply())
                     reply = connection.submit(resp.encode("CLUSTER", "SLOTS"), Reply())
                     await connection.wait(reply)
-                    is_ok = b"cluster_state:fail" not in info.result()
+                    (state,) = info.values  # an error, if that is not allowed
+                    is_ok = not (isinstance(state, bytes) and b"cluster_state:fail" in state)
                     slots = _parse(reply.result(), node)
             finally:
                 connection.close()
