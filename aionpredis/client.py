@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -114,6 +115,8 @@ class Client:
         self._dialer = None if source is None else open_source(source, **self._settings)
         self._embedded: Server | None = None
         self._topology: Topology | None = None
+        self._twin_of: Client | None = None
+        self._twins: set[Client] = set()
         self._last_loaded = b"", 0  # header and payload bytes of an array that mget() loaded
 
     @property
@@ -127,6 +130,10 @@ class Client:
     async def __aenter__(self) -> Client:
         if self._topology is not None:
             raise UsageError("this client is open already")
+        if self._twin_of is not None:
+            self._topology = self._twin_of.topology.twin()
+            self._twin_of._twins.add(self)
+            return self
         try:
             if self._dialer is None:
                 from aionpredis.server import Server
@@ -154,6 +161,10 @@ class Client:
         topology, self._topology = self._topology, None
         if topology is not None:
             topology.close()
+        if self._twin_of is not None:
+            self._twin_of._twins.discard(self)
+        for twin in tuple(self._twins):
+            await twin._close()
         server, self._embedded = self._embedded, None
         if server is not None:
             self._dialer = None
@@ -517,11 +528,12 @@ class Client:
         copy: bool = True,
         ttl: float | None = None,
         codec: str | Codec | None = None,
+        replicas: int = 0,
     ) -> Writer:
         """A batching writer with backpressure: see :class:`aionpredis.Writer`."""
         from aionpredis.writer import Writer
 
-        return Writer(self, max_inflight=max_inflight, copy=copy, ttl=ttl, codec=codec)
+        return Writer(self, max_inflight=max_inflight, copy=copy, ttl=ttl, codec=codec, replicas=replicas)
 
     def replay(self, name: str, schema: Schema, **options: Any) -> Replay:
         """A replay: transitions from many actors for one or more learners. See :class:`aionpredis.Replay`."""
@@ -546,24 +558,41 @@ class Client:
 
     async def connection(self, key: bytes = b"", *, immutable: bool = False) -> Connection:
         """The shared data connection to who has the key (see :meth:`Topology.shard`), for the modules built on the client."""
-        topology = self.topology
-        shard = topology.shard(key, immutable=immutable)
-        connection = shard.live_connection
+        connection = self.topology.shard(key, immutable=immutable).live_connection
         if connection is None:
-            if shard.lost is not None:
-                self.faults.begins(LOST, shard.lost)
-            try:
-                connection = await (await topology.reach(key, immutable=immutable)).connection()
-            except BaseException as error:
-                if not isinstance(error, ConnectError):  # else who called may try again
-                    self.faults.leaves(LOST)
-                raise
-            self.faults.ends(LOST)
+            connection = await (await self.reach(key, immutable=immutable)).connection()
         return connection
+
+    async def reach(self, key: bytes, rather: Shard | None = None, *, immutable: bool = False) -> Shard:
+        """Who has the key, or ``rather`` this server as long as it has any; with a shared connection that works."""
+        topology = self.topology
+        shard = topology.shard(key, immutable=immutable) if rather is None else rather
+        if shard.lost is not None:
+            self.faults.begins(LOST, shard.lost)
+        try:
+            shard = await topology.reach(key, rather, immutable=immutable)
+            await shard.connection()
+        except BaseException as error:
+            if not isinstance(error, ConnectError):  # else who called may try again
+                self.faults.leaves(LOST)
+            raise
+        self.faults.ends(LOST)
+        return shard
 
     def live_connection(self, key: bytes = b"", *, immutable: bool = False) -> Connection | None:
         """That connection, if there is one that works."""
         return None if self._topology is None else self._topology.shard(key, immutable=immutable).live_connection
+
+    def twin(self) -> Client:
+        """The same client with connections of its own, for the modules built on the client: ``WAIT`` blocks its connection, and
+        counts the writes that came over it. For ``async with``, which does no IO; closed with this client at the latest.
+
+        Settings, counters and faults are shared.
+        """
+        twin = copy.copy(self)
+        twin._topology, twin._embedded = None, None
+        twin._twin_of, twin._twins = self, set()
+        return twin
 
     @property
     def block_seconds(self) -> float:

@@ -19,7 +19,8 @@
     ├── ServerError            the server answered with an error
     │   ├── Redirected         … because another server of its cluster has the key (MOVED, ASK)
     │   ├── ServerFull         … because its ``maxmemory`` is reached (OOM)
-    │   └── ServerUnavailable  … because it cannot yet, or not any more (LOADING, READONLY, …)
+    │   ├── ServerUnavailable  … because it cannot yet, or not any more (LOADING, READONLY, …)
+    │   └── NotReplicated      it stored the value, and too few of its replicas have it
     ├── WriteFailed            a writer's items that were not stored, with their keys
     └── ReplayError
         ├── RunEnded           a newer run has begun: fetch its policy and go on
@@ -49,6 +50,7 @@ __all__ = [
     "DecodeError",
     "EncodeError",
     "NotAnArray",
+    "NotReplicated",
     "OutMismatch",
     "OutcomeUnknown",
     "ProtocolError",
@@ -211,6 +213,20 @@ class ServerUnavailable(ServerError):
     CODES = frozenset(
         ("LOADING", "READONLY", "MASTERDOWN", "NOREPLICAS", "UNBLOCKED", "BUSY", "TRYAGAIN", "CLUSTERDOWN")
     )
+
+
+class NotReplicated(ServerError):
+    """The primary server has it, and fewer replicas than were asked for say so, too; it may still reach them.
+
+    ``replicas``: how many were asked for; ``acknowledged``: how many have it.
+    """
+
+    def __init__(self, replicas: int, acknowledged: int) -> None:
+        super().__init__(
+            f"NOTREPLICATED only {acknowledged} of {replicas} replicas acknowledge what the primary has stored"
+        )
+        self.replicas = replicas
+        self.acknowledged = acknowledged
 
 
 class WriteFailed(AionpredisError):

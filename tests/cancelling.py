@@ -31,10 +31,10 @@ from numpy.typing import NDArray
 import aionpredis
 from aionpredis import Actor, Batches, Client, Loader, Sampler
 from aionpredis.errors import ConnectError, ConnectionLost, OutcomeUnknown, WriteFailed
+from aionpredis.lane import Lane
 from aionpredis.policy import PolicyWatch
 from aionpredis.replay.commit import Committer
 from aionpredis.server import Server
-from aionpredis.writer import Writer
 
 from .proxy import Faults, Proxy, Seeded
 from .replays import fill, replay_of, unnamed_without_ttl
@@ -709,7 +709,7 @@ def background_noted(figures: Figures) -> Iterator[None]:
         return task
 
     originals: dict[tuple[type, str], Callable[[Any], Awaitable[None]]] = {
-        (Writer, "_pump"): Writer._pump,
+        (Lane, "pump"): Lane.pump,
         (Committer, "work"): Committer.work,
     }
     for (owner, name), work in originals.items():

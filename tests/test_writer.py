@@ -72,10 +72,11 @@ async def test_borrowed_items_travel_in_batches(proxy: Proxy) -> None:
     async with aionpredis.connect(proxy.url) as client:
         proxy.pause = 0.001
         async with client.writer(copy=False) as writer:
-            assert not writer._inflight
+            lane = writer._only
+            assert lane is not None
             for i in range(100):
                 await writer.put(f"k{i}", STATE)
-            assert len(writer._inflight) + len(writer._queued) < 10
+            assert len(lane.inflight) + len(lane.queued) < 10
 
 
 async def test_lone_item_leaves_without_flush(url: str, stock: redis.Redis) -> None:
@@ -232,7 +233,7 @@ async def test_the_last_put_of_a_key_wins_though_the_connection_breaks_between_t
             proxy.stalled = True
             await writer.put("k", np.array(1))
             with anyio.fail_after(5):
-                while not writer._inflight:
+                while writer._only is None or not writer._only.inflight:
                     await anyio.sleep(0.001)
             await writer.put("k", np.array(2))
             connection.abort(ConnectionLost("for no reason"))

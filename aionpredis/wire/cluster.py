@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import suppress
 from typing import TypeVar
 
@@ -20,7 +20,7 @@ from aionpredis.errors import ConnectError, Redirected, ServerUnavailable
 from aionpredis.stats import Counters
 from aionpredis.wire import resp
 from aionpredis.wire.connection import Connection
-from aionpredis.wire.discovery import Address, ClusterDialer
+from aionpredis.wire.discovery import Address, ClusterDialer, Slots
 from aionpredis.wire.resp import Buffer, Reply
 from aionpredis.wire.shard import Shard
 
@@ -56,6 +56,7 @@ class Cluster:
         self._readers: dict[Shard, Iterator[Shard]] = {}  # by primary
         self._primaries: dict[Address, Shard] = {}
         self.shards: Sequence[Shard] = ()
+        self._found: Sequence[Slots] = ()
         self._slots: list[Shard | None] = [None] * SLOTS
         self._refreshing = anyio.Lock()
         self._refreshed = 0  # how often
@@ -70,6 +71,10 @@ class Cluster:
         # Of a slot that nobody serves any server says so, or who does by now.
         shard = self._slots[key_slot(key)] or self.shards[0]
         return next(self._readers[shard]) if immutable and shard in self._readers else shard
+
+    def locate(self, key: bytes) -> tuple[int, Shard]:
+        slot = key_slot(key)
+        return slot, self._slots[slot] or self.shards[0]
 
     def groups(self, items: list[T], key: Callable[[T], bytes]) -> list[list[T]]:
         groups: dict[Shard, list[T]] = {}
@@ -86,16 +91,19 @@ class Cluster:
             keys.setdefault(self.shard(key), key)
         return list(keys.values())
 
-    async def reach(self, key: bytes, *, immutable: bool = False) -> Shard:
+    async def reach(self, key: bytes, rather: Shard | None = None, *, immutable: bool = False) -> Shard:
         """
         Raises:
             ConnectError: no server of the cluster can be asked for the map.
         """
-        shard = self.shard(key, immutable=immutable)
+        shard = self._standing(rather) or self.shard(key, immutable=immutable)
         if shard.lost is not None:
             await self._refresh()
-            shard = self.shard(key, immutable=immutable)
+            shard = self._standing(rather) or self.shard(key, immutable=immutable)
         return shard
+
+    def _standing(self, shard: Shard | None) -> Shard | None:
+        return shard if shard in self.shards else None
 
     async def learn(self, error: Redirected) -> None:
         """
@@ -108,18 +116,22 @@ class Cluster:
             if time.monotonic() - self._refreshed_at > REFRESH_SECONDS:
                 await self._refresh(address)  # who has it now knows it first
 
-    async def follow(self, request: Sequence[Buffer], reply: Reply) -> None:
+    async def follow(self, request: Sequence[Buffer], reply: Reply) -> set[Connection]:
         commands: list[Sequence[Buffer]] = [request]
         if reply.count > 1:
             commands = [[command] for command in resp.split(b"".join(request))]
+        over: set[Connection] = set()
         reply.redirected, reply.refusal = False, None
         for index, value in enumerate(reply.values):
             if isinstance(value, Redirected):
-                reply.values[index] = value = await self._follow(commands[index], value, reply)
+                reply.values[index] = value = await self._follow(commands[index], value, reply, over)
             if isinstance(value, ServerUnavailable):
                 reply.refusal = value
+        return over
 
-    async def _follow(self, command: Sequence[Buffer], error: Redirected, reply: Reply) -> object:
+    async def _follow(
+        self, command: Sequence[Buffer], error: Redirected, reply: Reply, over: set[Connection]
+    ) -> object:
         reply.sent = False  # it did not run there
         for _ in range(MAX_REDIRECTIONS):
             await self.learn(error)
@@ -131,6 +143,7 @@ class Cluster:
                 reply.sent = again.sent or reply.count > 1  # others did
             (value,) = again.values
             if not isinstance(value, Redirected):
+                over.add(connection)
                 return value
             error = value
         return ServerUnavailable(f"TRYAGAIN redirected {MAX_REDIRECTIONS} times, at last by: {error.args[0]}")
@@ -169,20 +182,8 @@ class Cluster:
             found = await self._dialer.discover(first)
             self._refreshed += 1
             self._refreshed_at = time.monotonic()
-            slots: list[Shard | None] = [None] * SLOTS
-            primaries: dict[Address, Shard] = {}
-            for part in found:
-                shard = primaries[part.primary] = self._server(part.primary)
-                slots[part.first : part.last + 1] = [shard] * (part.last + 1 - part.first)
-            if not primaries:
-                raise ConnectError(f"{self._dialer.url}: no server of the cluster has any slots")
-            gone = self._primaries.keys() - primaries.keys()
-            if self._read_replicas:
-                self._readers = {
-                    primaries[part.primary]: self._in_turn(part.replicas) for part in found if part.replicas
-                }
-            self._slots, self._primaries, self.shards = slots, primaries, tuple(primaries.values())
-            if gone:  # with a failover, what they had acknowledged last may be lost
+            known = self._primaries.keys()
+            if known - self._adopt(found):  # with a failover, what they had acknowledged last may be lost
                 self._counters.changes += 1
 
     def _in_turn(self, replicas: Sequence[Address]) -> Iterator[Shard]:
@@ -192,6 +193,25 @@ class Cluster:
         # Each client begins with another one.
         first = random.randrange(len(replicas))
         return itertools.cycle([self._replicas[address] for address in (*replicas[first:], *replicas[:first])])
+
+    def _adopt(self, found: Sequence[Slots]) -> Collection[Address]:
+        """Take this map; returns its primaries."""
+        slots: list[Shard | None] = [None] * SLOTS
+        primaries: dict[Address, Shard] = {}
+        for part in found:
+            shard = primaries[part.primary] = self._server(part.primary)
+            slots[part.first : part.last + 1] = [shard] * (part.last + 1 - part.first)
+        if not primaries:
+            raise ConnectError(f"{self._dialer.url}: no server of the cluster has any slots")
+        if self._read_replicas:
+            self._readers = {primaries[part.primary]: self._in_turn(part.replicas) for part in found if part.replicas}
+        self._found, self._slots, self._primaries, self.shards = found, slots, primaries, tuple(primaries.values())
+        return primaries.keys()
+
+    def twin(self) -> Cluster:
+        twin = Cluster(self._dialer, self._counters, read_replicas=self._read_replicas)
+        twin._adopt(self._found)
+        return twin
 
     def close(self) -> None:
         self._closed = True

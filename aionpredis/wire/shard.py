@@ -122,6 +122,10 @@ class Shard:
             connection.patience, connection.on_silence = patience, asked
         return connection
 
+    def twin(self) -> Shard:
+        """The same server, over connections of its own."""
+        return Shard(self.dialer, self._counters)
+
     def close(self) -> None:
         self._closed = True
         if self._connection is not None:
