@@ -24,7 +24,7 @@ from aionpredis.replay.log import ChunkId, Names
 
 from .strategies import equal
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.one_server("ACL SETUSER is for each server")]
 
 GUIDE = Path(__file__).parent.parent / "docs" / "security.md"
 PASSWORD = "canary in a coal mine"

@@ -329,6 +329,7 @@ async def test_lease_is_begun_again_before_xadd_if_half_of_it_is_over(url: str, 
             assert calls["cmdstat_xadd"]["calls"] == 1
 
 
+@pytest.mark.one_server("a proxy is in front of it")
 async def test_a_renewal_that_arrives_late_does_not_let_acknowledged_data_expire(
     url: str, stock: redis.Redis, tmp_path: Path
 ) -> None:
@@ -357,14 +358,15 @@ async def test_a_renewal_that_arrives_late_does_not_let_acknowledged_data_expire
                 assert sorted(await uids(await replay_of(other).epoch())) == list(range(8))
 
 
+@pytest.mark.one_server("MONITOR shows what one server gets")
 async def test_commands_have_the_options_that_the_rules_need(url: str, stock: redis.Redis) -> None:
     async with aionpredis.connect(url) as client, joined(client, lease=0.4) as actor:
-        stock.rename("{r}:log", "hidden")
+        stock.rename("{r}:log", "{r}:hidden")
         stock.set("{r}:log", "not a stream")
         with stock.monitor() as monitor:  # type: ignore[no-untyped-call]
             with pytest.raises(ServerError):
                 await fill(actor, range(100_000))
-            stock.rename("hidden", "{r}:log")
+            stock.rename("{r}:hidden", "{r}:log")
             await actor.join()  # the same run again
             await fill(actor, range(100, 104))
             await actor.flush()
@@ -387,11 +389,11 @@ async def test_after_an_error_the_actor_joins_the_same_run_again(url: str, stock
     async with aionpredis.connect(url) as client, joined(client) as actor:
         await fill(actor, range(4))
         await actor.flush()
-        stock.rename("{r}:log", "hidden")
+        stock.rename("{r}:log", "{r}:hidden")
         stock.set("{r}:log", "not a stream")
         with pytest.raises(ServerError, match="WRONGTYPE"):
             await fill(actor, range(100, 100_000))
-        stock.rename("hidden", "{r}:log")
+        stock.rename("{r}:hidden", "{r}:log")
         run = await actor.join()
         await fill(actor, range(4, 9))
         await actor.flush()

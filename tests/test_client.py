@@ -716,6 +716,7 @@ async def test_cancelled_pipeline_step_can_be_taken_again(proxy: Proxy) -> None:
         assert seen == list(range(9))
 
 
+@pytest.mark.one_server("the bound is that of a connection")
 async def test_pipeline_asks_for_a_bounded_number_of_bytes(url: str) -> None:
     async with aionpredis.connect(url) as client:
         connection = client.live_connection()
@@ -734,6 +735,7 @@ async def test_pipeline_asks_for_a_bounded_number_of_bytes(url: str) -> None:
         await pipeline.next()
 
 
+@pytest.mark.one_server("the bound is that of a connection")
 async def test_pipeline_asks_for_a_bounded_number_of_replies(url: str) -> None:
     async with aionpredis.connect(url) as client:
         pipeline: Pipeline[None] = Pipeline(client)

@@ -26,7 +26,7 @@ from tests.predictions import rows_reply
 from .proxy import Ending, Faults, Proxy, scripted
 from .strategies import equal
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.one_server("one connection is looked at")]
 
 STATE = (80, 80)
 

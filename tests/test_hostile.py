@@ -627,7 +627,7 @@ async def test_log_of_another_type_is_an_error_with_its_key(url: str, stock: red
     async with aionpredis.connect(url) as client, run_of(client, stock) as (replay, _):
         reader, follower = await replay.epoch(), await replay.follow(batch=16)
         await anext(follower)
-        stock.rename("{r}:log", "hidden")
+        stock.rename("{r}:log", "{r}:hidden")
         stock.set("{r}:log", "text")
         async with undisturbed(client):
             for attempt in (
@@ -642,7 +642,7 @@ async def test_log_of_another_type_is_an_error_with_its_key(url: str, stock: red
                 with pytest.raises(ServerError, match="WRONGTYPE") as raised:
                     await attempt()
                 assert raised.value.key == "{r}:log", attempt
-        stock.rename("hidden", "{r}:log")
+        stock.rename("{r}:hidden", "{r}:log")
         assert sorted(await uids(reader)) == list(range(16))
 
 

@@ -139,6 +139,7 @@ def test_errors_are_as_drawn() -> None:
 
 
 @pytest.mark.anyio
+@pytest.mark.one_server("redis-py knows no URL of a cluster")
 async def test_every_server_is_reached_from_every_loop(url: str, stock: redis.Redis, anyio_backend_name: str) -> None:
     assert stock.dbsize() == 0
     stock.set("loop", anyio_backend_name)

@@ -101,6 +101,7 @@ async def test_publishers_at_the_same_moment_get_different_versions(url: str, st
         assert len(stock.keys("p:policy:*")) == 8
 
 
+@pytest.mark.one_server("MONITOR shows what one server gets")
 async def test_weights_are_announced_when_they_are_there_and_kept_when_announced(url: str, stock: redis.Redis) -> None:
     async with aionpredis.connect(url) as client:
         with stock.monitor() as monitor:  # type: ignore[no-untyped-call]
@@ -364,6 +365,7 @@ async def test_each_part_is_a_file_that_stock_safetensors_reads(url: str, stock:
     assert number_of({name: whole[name].reshape(shapes.get(name, whole[name].shape)) for name in "nwx"}) == 1
 
 
+@pytest.mark.one_server("MONITOR shows what one server gets")
 @pytest.mark.usefixtures("small_parts")
 async def test_all_parts_are_there_before_the_announcement_and_kept_after_it(url: str, stock: redis.Redis) -> None:
     async with aionpredis.connect(url) as client:

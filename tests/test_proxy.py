@@ -16,6 +16,8 @@ import redis
 from .proxy import Faults, Proxy, Seeded
 from .servers import until
 
+pytestmark = pytest.mark.one_server("the proxy is looked at")
+
 PING, PONG = b"PING\r\n", b"+PONG\r\n"
 
 

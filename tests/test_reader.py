@@ -145,6 +145,7 @@ async def test_after_reads_what_came_since(url: str) -> None:
             await replay.epoch(after=first)
 
 
+@pytest.mark.one_server("requests to several have many shapes, whose patterns are kept")
 async def test_a_reader_keeps_nothing_of_what_it_has_handed_out(url: str) -> None:
     """Not a byte for each chunk, however long it reads."""
     async with aionpredis.connect(url) as client, anyio.create_task_group() as tasks:

@@ -533,6 +533,7 @@ class RefusesOnce(Proxy):
             yield data
 
 
+@pytest.mark.one_server("a proxy is in front of it")
 async def test_writer_keeps_the_order_of_puts_when_an_earlier_one_is_refused(
     url: str, stock: redis.Redis, tmp_path: Path
 ) -> None:

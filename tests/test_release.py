@@ -118,6 +118,7 @@ async def test_a_silent_connection_is_freed(proxy: Proxy) -> None:
         assert alive(Connection) - before == 1
 
 
+@pytest.mark.one_server("a socket that is not there")
 @pytest.mark.parametrize("password", [None, "secret"])
 async def test_a_failed_attempt_to_connect_leads_to_no_frame_of_its_thread(url: str, password: str | None) -> None:
     """There stand redis-py's connection, and the password: what reports errors shows the frames, too."""

@@ -983,6 +983,7 @@ class LosesReplies(Proxy):
             yield data
 
 
+@pytest.mark.one_server("a proxy is in front of it")
 @pytest.mark.anyio
 async def test_commit_whose_reply_is_lost_while_the_run_ends_is_found_and_kept(
     url: str, stock: redis.Redis, tmp_path: Path

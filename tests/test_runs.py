@@ -54,6 +54,7 @@ async def test_runs_count_up_and_the_newest_is_found(url: str) -> None:
             await replay.begin_run(keep=0)
 
 
+@pytest.mark.one_server("MONITOR shows what one server gets")
 async def test_policy_is_published_before_the_run_begins(url: str, stock: redis.Redis) -> None:
     async with aionpredis.connect(url) as client:
         replay = replay_of(client)

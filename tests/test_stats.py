@@ -40,6 +40,7 @@ def test_fresh_client_has_done_nothing_and_its_stats_do_not_change() -> None:
         stats.errors["OOM"] = 1  # type: ignore[index]
 
 
+@pytest.mark.one_server("a proxy is in front of it")
 async def test_bytes_and_requests_are_those_that_travelled(url: str, tmp_path: Path) -> None:
     with Proxy(url, tmp_path) as proxy:
         async with aionpredis.connect(proxy.url) as client:
@@ -103,6 +104,7 @@ async def test_waits_are_backpressure(url: str, stock: redis.Redis) -> None:
         assert client.stats().waits > 0
 
 
+@pytest.mark.one_server("as many connections break as are counted")
 async def test_faults_are_counted_by_kind(url: str, stock: redis.Redis) -> None:
     async with aionpredis.connect(url) as client:
         for _ in range(3):
@@ -118,6 +120,7 @@ async def test_faults_are_counted_by_kind(url: str, stock: redis.Redis) -> None:
         assert client.stats().errors["WRONGTYPE"] == 1
 
 
+@pytest.mark.one_server("ACL SETUSER is for each server")
 async def test_each_refusal_is_counted_once_whoever_met_it(url: str, stock: redis.Redis) -> None:
     """The server counts what it refuses, too: by calls, batches, readers, samplers, writers, actors, and who was cancelled."""
 
@@ -168,6 +171,7 @@ async def test_each_refusal_is_counted_once_whoever_met_it(url: str, stock: redi
         stock.acl_deluser("limited")
 
 
+@pytest.mark.one_server("a proxy is in front of it")
 async def test_repeated_items_and_chunks_are_counted(url: str, stock: redis.Redis, tmp_path: Path) -> None:
     with Proxy(url, tmp_path) as proxy:
         async with aionpredis.connect(proxy.url) as client:
@@ -246,6 +250,7 @@ def metrics_of(reader: Any) -> dict[str, list[tuple[float, dict[str, Any]]]]:
     }
 
 
+@pytest.mark.one_server("the metrics name one address")
 async def test_open_telemetry_reads_the_counters(server: Server, url: str, stock: redis.Redis) -> None:
     sdk = pytest.importorskip("opentelemetry.sdk.metrics")
     export = pytest.importorskip("opentelemetry.sdk.metrics.export")

@@ -2,7 +2,7 @@
 
 A chunk's data travels as ``SET NX`` with a lease, is named in the log by ``XADD``, and then kept by ``PERSIST``. So every
 data key is either named in the log or has a time to live, whatever dies when. The steps of one chunk wait for each other;
-those of different chunks travel together.
+those of different chunks travel together, as far as they go to the same shard: the log lies on one, the data on any.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import anyio
 import anyio.lowlevel
+from anyio.abc import TaskGroup
 
 from aionpredis import streams
 from aionpredis.errors import (
@@ -36,6 +37,7 @@ from aionpredis.retry import Retry
 from aionpredis.wire import resp
 from aionpredis.wire.connection import Connection
 from aionpredis.wire.resp import Blob, Buffer, Reply
+from aionpredis.wire.shard import Shard
 
 if TYPE_CHECKING:
     from aionpredis.client import Client
@@ -65,10 +67,26 @@ class _Step(enum.Enum):
     DROP = "UNLINK"
 
 
+_LOGGED = (_Step.KEEP, _Step.CHECK)
+"""The steps of a commit that is in the log."""
+
+
+class _Turn(enum.Enum):
+    """Whether a chunk's entry may go to the log: the entries of an actor come in the order of its chunks, though the data go to
+    several shards. A chunk that meets a fault is not waited for, and may come later.
+    """
+
+    AWAITED = enum.auto()  # its data are on their way: later chunks wait
+    READY = enum.auto()  # its data are there: it waits for earlier chunks
+    FREE = enum.auto()
+
+
 class _Commit:
     """A chunk on its way; its buffer is held until it is settled."""
 
-    __slots__ = ("buffer", "chunk", "key", "leased", "packed", "repeated", "run", "searched", "size", "step", "value")
+    __slots__ = (
+        *("buffer", "chunk", "key", "leased", "packed", "repeated", "run", "searched", "size", "step", "turn", "value"),
+    )
 
     def __init__(self, buffer: ChunkBuffer, run: int, key: bytes, chunk: ChunkId) -> None:
         self.buffer = buffer
@@ -82,13 +100,49 @@ class _Commit:
         self.repeated = False  # it may be in the log already
         self.searched = f"{run}-{streams.RIGHT_MAX}"  # the log was searched for it down to this entry
         self.step = _Step.SET
+        self.turn = _Turn.FREE
 
 
 class _Round(NamedTuple):
     """The next command of each of these commits, sent together: ``reply`` has a value for each."""
 
     commits: list[_Commit]
+    buffers: list[Buffer]
     reply: Reply
+
+
+class _Lane:
+    """What is on its way to one shard. A fault of that shard is a fault of these commits only; the others go on."""
+
+    __slots__ = ("backlog", "connection", "full", "refusal", "retry", "rounds", "shard", "to_do")
+
+    def __init__(self, shard: Shard, client: Client) -> None:
+        self.shard = shard
+        self.connection: Connection | None = None
+        self.rounds: deque[_Round] = deque()  # in the order of their requests on the connection
+        self.backlog: list[_Commit] = []  # to be sent (again)
+        self.to_do: anyio.Event | None = None  # while there is nothing
+        # A broken connection may last longer than a lease: each chunk begins with its SET again. So only the client's
+        # ``retry_timeout`` says when it is given up. Room on a full server is waited for: a trainer makes it, some time.
+        self.retry = Retry(client.faults)
+        self.full = Retry(client.faults, math.inf)
+        self.refusal: ServerFull | None = None  # the last one
+
+    @property
+    def pauses(self) -> bool:
+        """Whether nothing is to be sent before the next attempt."""
+        return self.retry.attempts > 0 or self.full.attempts > 0
+
+    @property
+    def commits(self) -> list[_Commit]:
+        """All of them, in order."""
+        return [*(commit for one in self.rounds for commit in one.commits), *self.backlog]
+
+    def abandon(self) -> None:
+        """Nobody waits for the replies any more, and nothing is read from the buffers."""
+        for one in self.rounds:
+            if self.connection is not None:
+                self.connection.abandon(one.reply)
 
 
 @lru_cache(16)
@@ -131,15 +185,12 @@ class Committer:
         self.newest = 0, 0
         """Run and entry of the last commit."""
         self._settled = settled
-        self._rounds: deque[_Round] = deque()  # in the order of their requests on the connection
-        self._backlog: list[_Commit] = []  # to be sent (again)
-        # A broken connection may last longer than a lease: each chunk begins with its SET again. So only the client's
-        # ``retry_timeout`` says when it is given up. Room on a full server is waited for: a trainer makes it, some time.
-        self._retry = Retry(client.faults)
-        self._full = Retry(client.faults, math.inf)
-        self._connection: Connection | None = None
-        self._closed = False
-        self._to_do = anyio.Event()
+        self._lanes: dict[Shard, _Lane] = {}
+        self._only: _Lane | None = None  # if there is one server
+        self._line: deque[_Commit] = deque()  # from the first that is AWAITED on
+        self._pending = 0  # commits that are not settled
+        self._tasks: TaskGroup | None = None
+        self._closed = anyio.Event()
         self._progress = anyio.Event()
 
     @property
@@ -150,13 +201,16 @@ class Committer:
     @property
     def busy(self) -> bool:
         """Whether there are chunks that are not settled."""
-        return bool(self._rounds or self._backlog)
+        return self._pending > 0
 
     @property
-    def _holds_back(self) -> bool:
-        """Whether nothing is to be sent before :meth:`work` says so."""
-        doubtful = self.beginning is not None and self.beginning.doubtful
-        return doubtful or self._full.attempts > 0 or self._retry.attempts > 0
+    def full(self) -> ServerFull | None:
+        """What a server says on which there is no room at the moment."""
+        return next((lane.refusal for lane in self._lanes.values() if lane.full.attempts), None)
+
+    @property
+    def _doubtful(self) -> bool:
+        return self.beginning is not None and self.beginning.doubtful
 
     def reset(self) -> None:
         """Commit again, to another run, or in spite of a failure."""
@@ -166,11 +220,14 @@ class Committer:
         """Send a chunk, and with it what waits to be sent of others. Its buffer is borrowed until it is settled."""
         commit = _Commit(buffer, run, self._names.data(run, chunk), chunk)
         self._counters.inflight_bytes += commit.size
-        self._backlog.append(commit)
-        connection = self._connection
-        if connection is not None and connection.lost is None and not self._holds_back:
-            self._submit(connection)
-        self._to_do.set()
+        self._pending += 1
+        lane = self._queue(commit, _Step.SET)
+        if self._only is None:  # else the replies come in order anyway
+            commit.turn = _Turn.AWAITED
+            self._line.append(commit)
+        connection = lane.connection
+        if connection is not None and connection.lost is None and not (self._doubtful or lane.pauses):
+            self._submit(lane, connection)
 
     async def progress(self) -> None:
         """Wait until at least one chunk was settled."""
@@ -180,42 +237,62 @@ class Committer:
 
     async def work(self) -> None:
         """Settle what is committed, until :meth:`close`."""
+        async with anyio.create_task_group() as self._tasks:
+            for lane in self._lanes.values():
+                self._tasks.start_soon(self._drive, lane)
+            await self._closed.wait()  # until then another shard may come
+        self._tasks = None
+
+    async def _drive(self, lane: _Lane) -> None:
+        """Send what goes to one shard, and take the replies."""
         while True:
-            if not self.busy:
-                if self._closed:
+            if not (lane.rounds or lane.backlog):
+                if self._closed.is_set():
                     return
-                self._to_do = anyio.Event()
-                await self._to_do.wait()
+                lane.to_do = anyio.Event()
+                await lane.to_do.wait()
+                lane.to_do = None
                 continue
             try:
-                self._connection = connection = await self._client.connection()
-                if not self._rounds and self.beginning is not None and self.beginning.doubtful:
-                    if not await self.beginning.confirm(self._retry):
-                        self.ended = True
-                        self._give_up()
-                    continue
-                if not self._rounds:
+                if not lane.rounds:
+                    if lane.connection is None or lane.connection.lost is not None:
+                        await self._connect(lane)
+                        continue
+                    if self.beginning is not None and self.beginning.doubtful:
+                        if not await self.beginning.confirm(lane.retry):
+                            self.ended = True
+                            self._give_up()
+                        continue
                     # What is small waits while something travels, and goes with the next chunk: an actor that appends
                     # without a pause fills that now.
                     await anyio.lowlevel.checkpoint()
-                    self._submit(connection)
-                await connection.wait(self._rounds[0].reply)
-                while self._rounds and self._rounds[0].reply.done:  # and whatever else has come with it
-                    self._take_round()
-                if self._retry.attempts:
-                    self._retry.succeeded()
-                if self._full.attempts:
-                    self._full.succeeded()
+                    self._submit(lane, lane.connection)
+                    if not lane.rounds:
+                        continue
+                assert lane.connection is not None
+                await lane.connection.wait(lane.rounds[0].reply)
+                while lane.rounds and lane.rounds[0].reply.done:  # and whatever else has come with it
+                    one = lane.rounds[0]
+                    if one.reply.redirected:
+                        await self._client.topology.follow(one.buffers, one.reply)
+                        one.reply.redirected = False
+                    else:
+                        self._take_round(lane)
+                if lane.retry.attempts:
+                    lane.retry.succeeded()
+                if lane.full.attempts:
+                    lane.full.succeeded()
                 if self._evict is not None:
                     await runs.evict(self._client, self._names, *self._evict)
                     self._evict = None
             except ServerFull as error:  # until there is room: meanwhile append() waits
-                await anyio.sleep(self._full.after(error))
+                lane.refusal = error
+                await anyio.sleep(lane.full.after(error))
             except (ConnectionLost, ConnectError, ServerUnavailable) as error:
-                self._counters.repeated += sum(len(one.commits) for one in self._rounds)
-                self._start_again()
+                self._counters.repeated += sum(len(one.commits) for one in lane.rounds)
+                self._start_again(lane)
                 try:
-                    pause = self._retry.after(error, self._connection)
+                    pause = lane.retry.after(error, lane.connection)
                 except AionpredisError:
                     self._fail(error)
                 else:
@@ -223,33 +300,57 @@ class Committer:
             except ServerError as error:
                 self._fail(error)
 
+    async def _connect(self, lane: _Lane) -> None:
+        """Reach the shard (again), or the one that has its keys by now."""
+        await self._client.connection(self._key(lane.backlog[0]))
+        self._sort_out(lane)
+        lane.connection = lane.shard.live_connection
+        if not lane.backlog:
+            lane.retry.succeeded()
+
     def close(self) -> None:
         """Nothing is committed any more, and nothing is read from the buffers."""
-        self.abandon()
-        self._retry.reset()
-        self._full.reset()
-        for commit in (*self._backlog, *(commit for one in self._rounds for commit in one.commits)):
-            self._counters.inflight_bytes -= commit.size
-        self._backlog.clear()
-        self._rounds.clear()
-        self._connection = None
-        self._closed = True
-        self._to_do.set()  # an idle work() ends by itself: in asyncio, the error of one that is cancelled keeps its frame
+        # What is idle ends by itself: in asyncio, the error of a task that is cancelled keeps its frame.
+        self._closed.set()
+        self._counters.inflight_bytes -= sum(commit.size for commit in self._commits())
+        for lane in self._lanes.values():
+            self._clear(lane)
+            lane.connection = None
+            lane.retry.reset()
+            lane.full.reset()
+            if lane.to_do is not None:
+                lane.to_do.set()
+        self._lanes.clear()
+        self._only = None
+        self._line.clear()
+        self._pending = 0
 
-    def abandon(self) -> None:
-        """Nobody waits for the replies any more, and nothing is read from the buffers."""
-        for one in self._rounds:
-            if self._connection is not None:
-                self._connection.abandon(one.reply)
+    def _commits(self) -> list[_Commit]:
+        """All that are not settled."""
+        commits = [commit for commit in self._line if commit.turn is _Turn.READY]
+        for lane in self._lanes.values():
+            commits += lane.commits
+        return commits
 
-    def _start_again(self) -> None:
+    def _start_again(self, lane: _Lane) -> None:
         """After a fault nothing is known about what travelled, or is still there: each chunk begins with its SET again."""
-        self.abandon()
-        self._backlog[:0] = [commit for one in self._rounds for commit in one.commits]
-        self._rounds.clear()
-        for commit in self._backlog:
+        commits = lane.commits
+        self._clear(lane)
+        if lane.shard is self._client.topology.shard(self._log):
+            for other in self._lanes.values():
+                # Their entries may be lost with the server.
+                commits += [commit for commit in other.backlog if commit.step in _LOGGED]
+                other.backlog = [commit for commit in other.backlog if commit.step not in _LOGGED]
+        for commit in commits:
             commit.repeated |= commit.step is not _Step.SET
-            commit.step = _Step.SET
+            commit.turn = _Turn.FREE
+            self._queue(commit, _Step.SET)
+        self._next_turns()
+
+    def _clear(self, lane: _Lane) -> None:
+        lane.abandon()
+        lane.rounds.clear()
+        lane.backlog.clear()
 
     def _fail(self, error: AionpredisError) -> None:
         logger.warning("%s: chunks on their way are given up: %s", self._names.name, str(error))
@@ -258,15 +359,18 @@ class Committer:
 
     def _give_up(self) -> None:
         """Give up what is not committed. What was sent keeps its lease, so nothing stays on the server for ever."""
-        self._retry.reset()
-        self._full.reset()
-        self._start_again()
-        for commit in self._backlog:
+        commits = self._commits()
+        self._line.clear()
+        for lane in self._lanes.values():
+            lane.retry.reset()
+            lane.full.reset()
+            self._clear(lane)
+        for commit in commits:
             self._settle(commit, committed=False)
-        self._backlog.clear()
 
     def _settle(self, commit: _Commit, *, committed: bool) -> None:
         self._counters.inflight_bytes -= commit.size
+        self._pending -= 1
         if committed:
             self._counters.acknowledged += commit.chunk.rows
         else:
@@ -274,13 +378,59 @@ class Committer:
         self._settled(commit.buffer, commit.chunk.rows, committed)
         self._progress.set()
 
+    # --- to the shards -------------------------------------------------------------------------------------------------
+
+    def _key(self, commit: _Commit) -> bytes:
+        return self._log if commit.step in (_Step.LOG, _Step.FIND) else commit.key
+
+    def _lane(self, commit: _Commit) -> _Lane:
+        """The lane to the shard that the commit's next command goes to."""
+        topology = self._client.topology
+        shard = topology.shard(self._key(commit))
+        lane = self._lanes.get(shard)
+        if lane is None:
+            self._lanes[shard] = lane = _Lane(shard, self._client)
+            if topology.joins_keys:
+                self._only = lane
+            if self._tasks is not None:
+                self._tasks.start_soon(self._drive, lane)
+        return lane
+
+    def _queue(self, commit: _Commit, step: _Step) -> _Lane:
+        commit.step = step
+        lane = self._only or self._lane(commit)
+        lane.backlog.append(commit)
+        if lane.to_do is not None:
+            lane.to_do.set()
+        return lane
+
+    def _next_turns(self) -> None:
+        line = self._line
+        while line and line[0].turn is not _Turn.AWAITED:
+            commit = line.popleft()
+            if commit.turn is _Turn.READY:
+                commit.turn = _Turn.FREE
+                self._queue(commit, commit.step)
+
+    def _sort_out(self, lane: _Lane) -> None:
+        """Give to other lanes what is theirs by now: slots move, and servers are replaced."""
+        if self._only is None:
+            commits, lane.backlog = lane.backlog, []
+            for commit in commits:
+                self._queue(commit, commit.step)
+
     # --- the steps -----------------------------------------------------------------------------------------------------
 
-    def _submit(self, connection: Connection) -> None:
+    def _submit(self, lane: _Lane, connection: Connection) -> None:
         """Send the next command of each commit in the backlog, all of them as one request."""
-        if not self._backlog:
+        now = time.monotonic()
+        for commit in lane.backlog:
+            if commit.step is _Step.LOG and now - commit.leased > self._lease / 2:
+                commit.step = _Step.RENEW  # else the key could be gone between XADD and PERSIST
+        self._sort_out(lane)
+        commits = lane.backlog
+        if not commits:
             return
-        commits = self._backlog
         buffers: list[Buffer] = []
         small = b""  # what lies between two large buffers
         for commit in commits:
@@ -291,8 +441,8 @@ class Committer:
                 buffers += (small + command[0], *command[1:-1])
                 small = bytes(command[-1])
         buffers.append(small)
-        self._rounds.append(_Round(commits, connection.submit(buffers, Reply(len(commits)))))
-        self._backlog = []
+        lane.rounds.append(_Round(commits, buffers, connection.submit(buffers, Reply(len(commits)))))
+        lane.backlog = []
 
     def _command(self, commit: _Commit) -> list[Buffer]:
         """The command of the commit's next step. If it is long, the caller's memory stands between two short ends."""
@@ -305,10 +455,9 @@ class Committer:
                     return resp.encode("SET", key, Blob(commit.value), "NX", "PX", self._lease_ms)
                 options = b"$2\r\nNX\r\n$2\r\nPX\r\n$%d\r\n%b\r\n" % (len(self._lease_ms), self._lease_ms)
                 return resp.encode_set(key, b"", commit.value[0], options, 3)
-            case _Step.LOG if time.monotonic() - commit.leased < self._lease / 2:
+            case _Step.LOG:
                 return [b"%b$%d\r\n%b\r\n" % (_xadd(self._log, commit.run), len(commit.packed), commit.packed)]
-            case _Step.LOG | _Step.RENEW:  # else the key could be gone between XADD and PERSIST
-                commit.step = _Step.RENEW
+            case _Step.RENEW:
                 commit.leased = time.monotonic()
                 # XX: if this is delayed until after the PERSIST of another connection, it must not begin a lease again.
                 return resp.encode_bytes([b"PEXPIRE", key, self._lease_ms, b"XX"])
@@ -319,12 +468,12 @@ class Committer:
             case step:
                 return resp.encode_bytes([step.value.encode(), key])
 
-    def _take_round(self) -> None:
+    def _take_round(self, lane: _Lane) -> None:
         """Take the replies to the oldest round; raises the first that is an error, after all were taken."""
-        commits, reply = self._rounds[0]
+        commits, _, reply = lane.rounds[0]
         if reply.error is not None:
             raise copy.copy(reply.error)
-        self._rounds.popleft()
+        lane.rounds.popleft()
         failure: Callable[[], ServerError] | None = None
         for commit, value in zip(commits, reply.values, strict=True):
             if not isinstance(value, ServerError):
@@ -335,6 +484,9 @@ class Committer:
                 self._queue(commit, _Step.FIND if commit.repeated else _Step.DROP)
             else:
                 about = self._names.log if commit.step in (_Step.LOG, _Step.FIND) else commit.key
+                if commit.turn is _Turn.AWAITED:
+                    commit.turn = _Turn.FREE
+                    self._next_turns()
                 self._queue(commit, commit.step)
                 failure = failure or partial(value.about, commit.step.value, about)
         if failure is not None:
@@ -345,7 +497,12 @@ class Committer:
         match commit.step:
             case _Step.SET:
                 commit.repeated |= value is None
-                self._queue(commit, _Step.RENEW if value is None else _Step.LOG)
+                commit.step = _Step.RENEW if value is None else _Step.LOG
+                if self._line and commit.turn is _Turn.AWAITED:
+                    commit.turn = _Turn.READY
+                    self._next_turns()
+                else:
+                    self._queue(commit, commit.step)
             case _Step.RENEW:
                 self._queue(commit, _Step.LOG if value else _Step.CHECK)
             case _Step.LOG if value is None:
@@ -375,7 +532,3 @@ class Committer:
                 self._queue(commit, _Step.DROP)
             case _Step.DROP:
                 self._settle(commit, committed=False)
-
-    def _queue(self, commit: _Commit, step: _Step) -> None:
-        commit.step = step
-        self._backlog.append(commit)

@@ -101,7 +101,6 @@ class _Writing:
         total: int,
     ) -> None:
         self._committer = Committer(client, names, lease=lease, settled=self._settled)
-        self._client = client
         self._names = names
         self._run = run
         self._lease = lease
@@ -141,8 +140,9 @@ class _Writing:
     async def _progress(self) -> None:
         with anyio.move_on_after(self._lease) as scope:
             await self._committer.progress()
-        if scope.cancelled_caught:  # actors wait until a full server has room again; here that is an error
-            await self._client.call("SET", f"{self._names.name}:{self._run}:restore", b"", "PX", 1, repeatable=True)
+        # Actors wait until a full server has room again; here that is an error.
+        if scope.cancelled_caught and self._committer.full is not None:
+            raise self._committer.full
         self._tell(self._total // STEPS)
 
     def _tell(self, least: int) -> None:
