@@ -125,7 +125,9 @@ class Pipeline(Generic[T]):
                     assert oldest.connection is not None
                     await oldest.connection.wait(oldest.reply)
                     if oldest.reply.redirected:
-                        await self._client.topology.follow(oldest.buffers, oldest.reply)
+                        reply, oldest.reply = oldest.reply, None  # asked for again if this fails
+                        await self._client.topology.follow(oldest.buffers, reply)
+                        oldest.reply = reply
                     refusal = oldest.reply.refusal
                     if refusal is None:
                         if retry is not None:
@@ -141,7 +143,9 @@ class Pipeline(Generic[T]):
                     retry = retry or Retry(self._client.faults)
                     pause = retry.after(error)
                 except BaseException:
-                    oldest.reply = None  # abandoned; asked for again if somebody calls again
+                    if oldest.reply is not None and oldest.connection is not None:
+                        oldest.connection.abandon(oldest.reply)  # another one's server may be what was waited for
+                    oldest.reply = None  # asked for again if somebody calls again
                     raise
                 await anyio.sleep(pause)
         finally:

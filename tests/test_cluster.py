@@ -315,3 +315,42 @@ async def test_one_who_waits_at_a_silent_server_is_told_when_another_takes_its_p
                 finally:
                     cluster.cont(owner)
         assert found == [1, 2]
+
+
+async def test_cancelled_mget_that_waits_for_one_server_writes_nothing_of_the_others(cluster: Cluster) -> None:
+    first, second = cluster.primaries()[:2]
+    keys = [next(key for key in KEYS if cluster.owner(slot_of(key)) is node) for node in (first, second)]
+    async with aionpredis.connect(cluster.url) as client:
+        for key in keys:
+            await client.set(key, array(7))
+        out = np.zeros((2, 100), np.int64)
+        connection = client.live_connection(keys[1].encode())
+        assert connection is not None
+        connection.close()
+        first.call("CLIENT", "PAUSE", 800, "ALL")
+        cluster.stop(second)  # to connect again takes long
+        with anyio.move_on_after(0.4) as scope:
+            await client.mget(keys, out=out)
+        cluster.cont(second)  # before it counts as failed
+        assert scope.cancelled_caught
+        assert is_array(await client.get(keys[0]), 7)  # behind what was asked for before
+        assert not out.any()
+
+
+async def test_keys_that_moved_to_a_server_that_is_gone_are_waited_for(cluster: Cluster) -> None:
+    """Until its replica takes over: their old server still sends us to it."""
+    source, target = cluster.primaries()[:2]
+    key, *others = [key for key in KEYS if cluster.owner(slot_of(key)) is source][:3]
+    async with aionpredis.connect(cluster.url) as client:
+        for number, name in enumerate((key, *others)):
+            await client.set(name, array(number))
+        out = np.zeros((3, 100), np.int64)
+        await client.mget([key, *others], out=out)
+        cluster.migrate(slot_of(key), target)
+        target.call("SET", next(key for key in KEYS if cluster.owner(slot_of(key)) is target), "")
+        assert target.call("WAIT", 1, 5000) == 1
+        cluster.kill(target)
+        out[:] = 0
+        with anyio.fail_after(30):
+            assert (await client.mget([key, *others], out=out)).all()
+        assert (out == np.arange(3)[:, None]).all()
