@@ -596,13 +596,15 @@ class Client:
 
     @property
     def block_seconds(self) -> float:
-        """How long a command may block: well below the time after which a silent connection counts as lost."""
-        return min(5.0, float(self._settings["timeout"]) / 2)
+        """How long a command may block: well below the time after which a silent connection counts as lost. Where a cluster
+        replaces a silent server, readers find the new one that much later, so it is no longer than that takes itself.
+        """
+        return min(2.0, float(self._settings["timeout"]) / 2)
 
     @asynccontextmanager
-    async def blocking(self, key: bytes = b"") -> AsyncIterator[Connection]:
-        """A connection of one's own to who has the key: see :meth:`Shard.own`."""
-        shard = await self.topology.reach(key)
+    async def blocking(self, key: bytes = b"", shard: Shard | None = None) -> AsyncIterator[Connection]:
+        """A connection of one's own to who has the key, or to ``shard``: see :meth:`Shard.own`."""
+        shard = shard or await self.topology.reach(key)
         async with shard.own(self.block_seconds) as connection:
             yield connection
 

@@ -108,21 +108,26 @@ async def read_blocking(client: Client, stream: str, after: tuple[int, int], cou
 
 async def alone(client: Client, stream: str, work: Callable[[Connection], Awaitable[T]]) -> T:
     """``work`` on a connection of its own to who has the stream; repeated, so it must be repeatable, if that breaks: it may
-    have lain idle.
+    have lain idle. Of several commands the first alone is taken by a server to which the stream's slot is still moving.
     """
     retry: Retry | None = None
+    redirected: Redirected | None = None
     try:
         while True:
             try:
-                async with client.blocking(stream.encode()) as connection:
+                shard = None if redirected is None else await client.topology.learn(redirected)
+                async with client.blocking(stream.encode(), shard) as connection:
+                    if redirected is not None and redirected.asks:
+                        connection.submit(resp.encode("ASKING"), Reply(), send=False)  # nobody comes between
                     result = await work(connection)
             except Redirected as error:
-                await client.topology.learn(error)
                 retry = retry or Retry(client.faults)
-                pause = retry.after(error) if error.asks else 0.0  # while its slot moves: until that is done
+                pause = 0.0 if redirected is None else retry.after(error)
+                redirected = error
             except (ConnectionLost, ConnectError, ServerUnavailable) as error:
                 retry = retry or Retry(client.faults)
                 pause = retry.after(error)
+                redirected = None
             else:
                 if retry is not None:
                     retry.succeeded()

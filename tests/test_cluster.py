@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -14,11 +15,12 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 import aionpredis
-from aionpredis import Redirected, ServerError, ServerUnavailable
+from aionpredis import ConnectionLost, Redirected, ServerError, ServerUnavailable, streams
 from aionpredis.wire import resp
+from aionpredis.wire.resp import Reply
 
 from .cluster import Cluster, slot_of
-from .nodes import Node
+from .nodes import Node, wait
 
 pytestmark = pytest.mark.anyio
 
@@ -354,3 +356,32 @@ async def test_keys_that_moved_to_a_server_that_is_gone_are_waited_for(cluster: 
         with anyio.fail_after(30):
             assert (await client.mget([key, *others], out=out)).all()
         assert (out == np.arange(3)[:, None]).all()
+
+
+async def test_who_waits_at_a_server_that_was_replaced_leaves_it_when_that_is_known(cluster: Cluster) -> None:
+    old = cluster.owner(slot_of(KEYS[0]))
+    (new,) = cluster.replicas(old)
+    far = aionpredis.connect(cluster.url, connect_timeout=60)  # who connects there is not to wait so long, either
+    async with far as client, client.blocking(KEYS[0].encode()) as connection:
+        connection.patience = math.inf  # it is not to find out by itself
+        reply = connection.submit(resp.encode("XREAD", "BLOCK", 0, "STREAMS", KEYS[0], "0"), Reply())
+        cluster.stop(old)
+        await anyio.to_thread.run_sync(lambda: wait(lambda: new.info()["role"] == "master", "its replica takes over"))
+        with anyio.fail_after(20):
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(client.get, KEYS[0])
+                with pytest.raises(ConnectionLost, match="taken its place"):
+                    await connection.wait(reply)
+
+
+async def test_a_stream_on_its_way_is_waited_for_where_it_is_already(cluster: Cluster) -> None:
+    stream = "{stream}:log"
+    async with aionpredis.connect(cluster.url, retry_timeout=0.5) as client:
+        await client.execute("XADD", stream, "1-0", "a", "b")
+        target = other(cluster, cluster.owner(slot_of(stream)))
+        with cluster.migrating(slot_of(stream), target, [stream]), anyio.fail_after(20):
+            assert await streams.read_blocking(client, stream, (0, 0)) == [((1, 0), {b"a": b"b"})]
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(client.execute, "XADD", stream, "2-0", "c", "d")
+                assert [entry for entry, _ in await streams.read_blocking(client, stream, (1, 0))] == [(2, 0)]
+        assert await streams.read_blocking(client, stream, (1, 0)) == [((2, 0), {b"c": b"d"})]

@@ -105,16 +105,18 @@ class Cluster:
     def _standing(self, shard: Shard | None) -> Shard | None:
         return shard if shard in self.shards else None
 
-    async def learn(self, error: Redirected) -> None:
+    async def learn(self, error: Redirected) -> Shard:
         """
         Raises:
             ConnectError: no server of the cluster can be asked for the map.
         """
+        address = self._address(error)
+        shard = self._server(address)
         if not error.asks:
-            address = self._address(error)
-            self._slots[error.slot] = self._server(address)
+            self._slots[error.slot] = shard
             if time.monotonic() - self._refreshed_at > REFRESH_SECONDS:
                 await self._refresh(address)  # who has it now knows it first
+        return shard
 
     async def follow(self, request: Sequence[Buffer], reply: Reply) -> set[Connection]:
         commands: list[Sequence[Buffer]] = [request]
@@ -134,8 +136,7 @@ class Cluster:
     ) -> object:
         reply.sent = False  # it did not run there
         for _ in range(MAX_REDIRECTIONS):
-            await self.learn(error)
-            connection = await self._server(self._address(error)).connection()
+            connection = await (await self.learn(error)).connection()
             again = reply.again()
             try:
                 await self._ask(connection, command, again, asks=error.asks)
@@ -182,9 +183,13 @@ class Cluster:
             found = await self._dialer.discover(first)
             self._refreshed += 1
             self._refreshed_at = time.monotonic()
-            known = self._primaries.keys()
-            if known - self._adopt(found):  # with a failover, what they had acknowledged last may be lost
+            known = self._primaries
+            if gone := known.keys() - self._adopt(
+                found
+            ):  # with a failover, what they had acknowledged last may be lost
                 self._counters.changes += 1
+                for address in gone:
+                    known[address].leave()
 
     def _in_turn(self, replicas: Sequence[Address]) -> Iterator[Shard]:
         for address in replicas:

@@ -39,6 +39,7 @@ class Shard:
         self._counters = counters
         self._connection: Connection | None = None
         self._spare: list[Connection] = []
+        self._lent: set[Connection] = set()
         self._dialing = anyio.Lock()
         self._dialed = 0
         self._failure: ConnectError | None = None  # of the last attempt
@@ -101,25 +102,53 @@ class Shard:
                 self._failure = type(error)(*error.args)
                 raise
         good = False
+        self._lent.add(connection)
         try:
             yield connection
             good = True
         finally:
+            self._lent.discard(connection)
             if good and not self._closed and connection.lost is None:
                 self._spare.append(connection)
             else:
                 connection.close()
 
+    def leave(self) -> None:
+        """Another server has taken its place: nobody waits there any longer for what comes some time, or never."""
+        for connection in self._lent:
+            connection.abort(ConnectionLost("another server has taken its place"))
+
     async def _dial(self, patience: float) -> Connection:
-        connection = await self.dialer.dial(readonly=self._readonly)
-        if self._on_silence is not None:
-            ask = self._on_silence
+        ask = self._on_silence
+        if ask is None:
+            return await self.dialer.dial(readonly=self._readonly)
+        connection: Connection | None = None
+        failure: Exception = ConnectError(f"{self.dialer.url} says nothing, and another server has taken its place")
 
-            async def asked() -> None:
+        async def give_up(scope: anyio.CancelScope) -> None:
+            while True:
+                await anyio.sleep(PATIENCE)
                 if await ask(self):
-                    connection.abort(ConnectionLost("it says nothing, and another server has taken its place"))
+                    scope.cancel()
 
-            connection.patience, connection.on_silence = patience, asked
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(give_up, tasks.cancel_scope)
+            try:
+                connection = await self.dialer.dial(readonly=self._readonly)
+            except Exception as error:
+                failure = error
+            tasks.cancel_scope.cancel()
+        if connection is None:
+            try:
+                raise failure
+            finally:
+                del failure  # it refers to this frame
+
+        async def asked() -> None:
+            if await ask(self):
+                connection.abort(ConnectionLost("it says nothing, and another server has taken its place"))
+
+        connection.patience, connection.on_silence = patience, asked
         return connection
 
     def twin(self) -> Shard:

@@ -44,8 +44,8 @@ class Topology(Protocol):
     async def reach(self, key: bytes, rather: Shard | None = None, *, immutable: bool = False) -> Shard:
         """Which has the key, or ``rather`` this one as long as it has any; after looking again if there is a reason to."""
 
-    async def learn(self, error: Redirected) -> None:
-        """A server says that another one has the key."""
+    async def learn(self, error: Redirected) -> Shard:
+        """A server says that another one has the key: this one."""
 
     async def follow(self, request: Sequence[Buffer], reply: Reply) -> set[Connection]:
         """Send those of a request's commands that were redirected to where they belong; their answers take their places.
@@ -86,7 +86,7 @@ class OneServer:
     async def reach(self, key: bytes, rather: Shard | None = None, *, immutable: bool = False) -> Shard:
         return self._shard
 
-    async def learn(self, error: Redirected) -> None:
+    async def learn(self, error: Redirected) -> Shard:
         raise error
 
     async def follow(self, request: Sequence[Buffer], reply: Reply) -> set[Connection]:
