@@ -22,13 +22,21 @@ class Chaos:
 
     server: Server
     proxies: list[Proxy]
-    kill: Callable[[], None]
+    kill: Callable[[], object]
     rng: random.Random
+    seconds: float
     done: Counter[str] = field(default_factory=Counter)
+
+    def __post_init__(self) -> None:
+        self._ends = time.monotonic() + self.seconds
+
+    @property
+    def over(self) -> bool:
+        return time.monotonic() > self._ends
 
     def step(self) -> None:
         """One fault."""
-        weights: dict[Callable[[], None], int] = {
+        weights: dict[Callable[[], object], int] = {
             self.cut: 8,
             self.cut_in_the_midst: 12,
             self.stall: 4,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple, Self
 
@@ -57,31 +57,40 @@ def read(path: Path) -> Iterator[Entry]:
 
 
 class Verdict(NamedTuple):
-    """Of one run, in transitions. ``unknown``: read, though nobody was told that they were committed."""
+    """Of one run, in transitions. ``lost``: of those whose acknowledgement was to outlive a primary; ``forfeited``: of those
+    that were acknowledged by a primary alone. ``unknown``: read, though nobody was told that they were committed.
+    """
 
     acknowledged: int
     read: int
     lost: int
+    forfeited: int
     duplicates: int
     unknown: int
 
 
 def judge(folder: Path, run: int) -> Verdict:
     """Hold what was acknowledged in this run against what all learners read."""
-    told = [
-        np.arange(entry.first, entry.second)
-        for path in folder.glob("acknowledged-*")
-        for entry in read(path)
-        if entry.run == run
-    ]
-    acknowledged = np.concatenate([np.zeros(0, np.int64), *told])
-    came = [entry.numbers for path in folder.glob("read-*") for entry in read(path) if entry.run == run]
-    numbers = np.concatenate([np.zeros(0, np.int64), *came])
+    kept, held = (
+        _joined(
+            np.arange(entry.first, entry.second)
+            for path in folder.glob("acknowledged-*")
+            for entry in read(path)
+            if entry.run == run and path.name.startswith("acknowledged-memory-") is in_memory
+        )
+        for in_memory in (False, True)
+    )
+    numbers = _joined(entry.numbers for path in folder.glob("read-*") for entry in read(path) if entry.run == run)
     unique = np.unique(numbers)
     return Verdict(
-        len(acknowledged),
+        len(kept) + len(held),
         len(numbers),
-        int((~np.isin(acknowledged, unique)).sum()),
+        int((~np.isin(kept, unique)).sum()),
+        int((~np.isin(held, unique)).sum()),
         len(numbers) - len(unique),
-        int((~np.isin(unique, acknowledged)).sum()),
+        int((~np.isin(unique, np.concatenate([kept, held]))).sum()),
     )
+
+
+def _joined(parts: Iterable[NDArray[np.int64]]) -> NDArray[np.int64]:
+    return np.concatenate([np.zeros(0, np.int64), *parts])

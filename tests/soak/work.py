@@ -9,8 +9,10 @@ from __future__ import annotations
 import itertools
 import logging
 import random
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+import sys
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -41,11 +43,16 @@ STATE = (64,)
 KEYS = 20
 """Arrays that the mixed calls of one process store and load."""
 FINISHED = -1
+STALLS = "append", "flush", "read", "call"
+"""What can take long: of an actor, of a learner, of any other task."""
+NOTABLE = 0.5
+"""Seconds from which on a stall is written down."""
 
 
-def make_replay(client: Client) -> Replay:
+def make_replay(client: Client, *, replicas: int = 0) -> Replay:
     schema = Schema(state=("float32", STATE), uid="int64", terminated="bool")
-    return client.replay("soak", schema, chunk=16, lease=LEASE, max_lag=20_000)
+    options = {"replicas": replicas} if replicas else {}
+    return client.replay("soak", schema, chunk=16, lease=LEASE, max_lag=20_000, **options)
 
 
 def state_of(uid: int) -> float:
@@ -54,12 +61,17 @@ def state_of(uid: int) -> float:
 
 @dataclass
 class Worker:
-    """One process, and what it counts. Values that are not what was asked for are written down at once."""
+    """One process, and what it counts. Values that are not what was asked for are written down at once.
+
+    ``kept_by``: what an acknowledgement means here. ``disk``: the server is in its append-only file; ``replica``: a replica has
+    it, too; ``memory``: its primary alone has it.
+    """
 
     url: str
     folder: Path
     number: int
     rng: random.Random
+    kept_by: str
     cancelled: int = 0
     checked: int = 0
 
@@ -69,17 +81,32 @@ class Worker:
 
     def check(self, values: NDArray[Any], expected: Any) -> None:
         self.checked += 1
-        self.must(bool((values == expected).all()))
+        self.must(bool((values == expected).all()), f"{values!r} is {expected!r}")
 
-    def must(self, condition: bool) -> None:
+    def must(self, condition: bool, what: str) -> None:
         if not condition:
+            logging.error("%s %d: not true: %s", self.kept_by, self.number, what)
             with Ledger(self.folder / f"wrong-{self.number}") as ledger:
                 ledger.write(1, 0, 0)
 
-    async def perhaps(self, call: Callable[[], Awaitable[Any]], seconds: float = 0.01) -> tuple[bool, Any]:
+    @contextmanager
+    def timing(self, what: str) -> Iterator[None]:
+        """Write down if this takes long: in ms of the machine's clock, so that faults can be held against it."""
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            took = time.monotonic() - began
+            if took > NOTABLE:
+                with Ledger(self.folder / f"stalls-{self.number}") as ledger:
+                    ledger.write(STALLS.index(what), int(1000 * began), int(1000 * took))
+
+    async def perhaps(
+        self, call: Callable[[], Awaitable[Any]], seconds: float = 0.01, what: str = "call"
+    ) -> tuple[bool, Any]:
         """Await the call, or cancel it after a random time; whether it came to its end, and its result."""
         limit = 10 ** self.rng.uniform(-5, np.log10(seconds)) if self.rng.random() < 0.3 else None
-        with anyio.move_on_after(limit):
+        with anyio.move_on_after(limit), self.timing(what):
             return True, await call()
         self.cancelled += 1
         return False, None
@@ -91,8 +118,10 @@ class Worker:
 
 @asynccontextmanager
 async def opened(worker: Worker) -> AsyncIterator[Client]:
-    """A client of its own; opening one is a single attempt, which may meet a fault."""
-    client = aionpredis.connect(worker.url)
+    """A client of its own; opening one is a single attempt, which may meet a fault. In a cluster, half of the processes have
+    what never changes sent by replicas.
+    """
+    client = aionpredis.connect(worker.url, read_replicas=worker.number % 2 == 1)
     while True:
         try:
             await client.__aenter__()
@@ -100,6 +129,7 @@ async def opened(worker: Worker) -> AsyncIterator[Client]:
             await anyio.sleep(0.1)
         else:
             break
+    (worker.folder / f"ready-{worker.number}").touch()
     try:
         yield client
     finally:
@@ -115,7 +145,7 @@ async def simulate(worker: Worker) -> None:
         for index in range(3):
             tasks.start_soon(mixed, worker, client, index)
         tasks.start_soon(watch, worker, client)
-        with Ledger(worker.folder / f"acknowledged-{worker.number}") as ledger:
+        with Ledger(worker.folder / f"acknowledged-{worker.kept_by}-{worker.number}") as ledger:
             await append(worker, client, ledger)
         tasks.cancel_scope.cancel()
         worker.report()
@@ -124,16 +154,18 @@ async def simulate(worker: Worker) -> None:
 async def append(worker: Worker, client: Client, ledger: Ledger) -> None:
     uid = worker.number << 32
     state = np.zeros(STATE, np.float32)
-    async with make_replay(client).actor() as actor:
+    async with make_replay(client, replicas=int(worker.kept_by == "replica")).actor() as actor:
+        (worker.folder / f"incarnation-{worker.kept_by}-{actor.incarnation.hex()}").touch()
         run = await actor.join()
         told = uid
         while not worker.stopping:
             try:
-                for _ in range(worker.rng.randrange(1, 200)):
-                    state[:] = state_of(uid)
-                    uid += 1  # whatever becomes of it, its number is not used again
-                    await actor.append(state=state, uid=uid - 1, terminated=uid % 10 == 0)
-                done, _ = await worker.perhaps(actor.flush)
+                with worker.timing("append"):
+                    for _ in range(worker.rng.randrange(1, 200)):
+                        state[:] = state_of(uid)
+                        uid += 1  # whatever becomes of it, its number is not used again
+                        await actor.append(state=state, uid=uid - 1, terminated=uid % 10 == 0)
+                done, _ = await worker.perhaps(actor.flush, what="flush")
                 if done:
                     ledger.write(run.run, told, uid)
                     told = uid
@@ -149,12 +181,15 @@ async def append(worker: Worker, client: Client, ledger: Ledger) -> None:
 
 
 async def watch(worker: Worker, client: Client) -> None:
-    """Policies come whole, and never an older one after a newer one."""
-    newest = 0
+    """Policies come whole, and never an older one after a newer one, unless a server may have lost that."""
+    newest, changes = 0, client.faults.changes
     async for version in make_replay(client).policy.watch():
         worker.check(version.weights["number"], version.weights["number"][0])
-        worker.must(version.version > newest)
-        newest = version.version
+        worker.must(
+            version.version > newest or client.faults.changes > changes,
+            f"version {version.version} comes after {newest}",
+        )
+        newest, changes = version.version, client.faults.changes
 
 
 async def mixed(worker: Worker, client: Client, index: int) -> None:
@@ -236,16 +271,17 @@ async def follow(worker: Worker, client: Client, ledger: Ledger, run: int, after
     reader = await make_replay(client).follow(run, batch=64, shard=(worker.number, LEARNERS), after=after)
     while True:
         try:
-            done, batch = await worker.perhaps(reader.__anext__, 0.1)
+            done, batch = await worker.perhaps(reader.__anext__, 0.1, "read")
         except StopAsyncIteration:
             break
         if done:
             worker.check(batch["state"], (batch["uid"] % (1 << 24)).astype(np.float32)[:, None])
             _, entry, row = reader.position
             ledger.write(run, entry, row, batch["uid"])
-    # ``missing`` may be: who is killed between XADD and PERSIST leaves an entry whose data go after one lease. Whether all
-    # that was acknowledged has come, the ledgers say.
-    worker.must(not reader.stats.evicted)
+    stats = reader.stats
+    worker.must(not stats.evicted, f"{stats} has evicted none")
+    with Ledger(worker.folder / f"missing-{worker.number}") as missing:
+        missing.write(run, stats.missing, stats.gaps)
 
 
 async def sample(worker: Worker, client: Client) -> None:
@@ -269,10 +305,14 @@ async def sample(worker: Worker, client: Client) -> None:
 ROLES: dict[str, Callable[[Worker], Awaitable[None]]] = {"simulator": simulate, "learner": learn}
 
 
-def process(role: str, url: str, folder: str, number: int, seed: str, loop: str) -> None:
+def main(role: str, url: str, folder: str, number: str, seed: str, loop: str, kept_by: str) -> None:
     """One process: ``loop`` is ``asyncio``, ``uvloop`` or ``trio``."""
     logging.basicConfig(level=logging.ERROR)  # a line for each outage would be thousands
-    worker = Worker(url, Path(folder), number, random.Random(seed))
+    worker = Worker(url, Path(folder), int(number), random.Random(seed), kept_by)
     backend = "trio" if loop == "trio" else "asyncio"
     options = {"use_uvloop": loop == "uvloop"} if backend == "asyncio" else {}
     anyio.run(ROLES[role], worker, backend=backend, backend_options=options)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
