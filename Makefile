@@ -1,4 +1,4 @@
-# make demo | test | check | bench | fuzz | soak | clean. Needs Python 3.11 or newer, nothing else: everything goes into .venv.
+# make demo | test | check | bench | fuzz | soak | soak-cluster | clean. Needs Python 3.11 or newer, nothing else: everything goes into .venv.
 
 PYTHON ?= python3
 VENV := .venv
@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # Without compiling what most runs never import, an installation takes half the time.
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
 
-.PHONY: demo test check bench fuzz soak clean
+.PHONY: demo test check bench fuzz soak soak-cluster clean
 
 demo: $(VENV)/.demo
 	$(BIN)/aionpredis demo
@@ -30,6 +30,10 @@ fuzz: $(VENV)/.fuzz
 # SOAK_SECONDS=600 by default
 soak: $(VENV)/.develop
 	$(BIN)/python -m tests.soak
+
+# SOAK_FAULTS=20 failovers and as many migrations by default
+soak-cluster: $(VENV)/.develop
+	$(BIN)/python -m tests.soak --cluster
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .fuzz

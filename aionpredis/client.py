@@ -563,14 +563,14 @@ class Client:
             connection = await (await self.reach(key, immutable=immutable)).connection()
         return connection
 
-    async def reach(self, key: bytes, rather: Shard | None = None, *, immutable: bool = False) -> Shard:
-        """Who has the key, or ``rather`` this server as long as it has any; with a shared connection that works."""
+    async def reach(self, key: bytes, *, immutable: bool = False) -> Shard:
+        """Who has the key, with a shared connection that works."""
         topology = self.topology
-        shard = topology.shard(key, immutable=immutable) if rather is None else rather
+        shard = topology.shard(key, immutable=immutable)
         if shard.lost is not None:
             self.faults.begins(LOST, shard.lost)
         try:
-            shard = await topology.reach(key, rather, immutable=immutable)
+            shard = await topology.reach(key, immutable=immutable)
             await shard.connection()
         except BaseException as error:
             if not isinstance(error, ConnectError):  # else who called may try again

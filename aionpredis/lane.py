@@ -95,7 +95,7 @@ class Lane:
         self.queued: deque[Batch] = deque()
         self._client = client
         self._home = shard
-        self._shard = shard  # another one takes its place when it is no primary any more
+        self._shard = shard  # another one takes its place while it is no primary
         self._connection = shard.live_connection
         self._settled = settled
         self._passing = passing
@@ -142,8 +142,6 @@ class Lane:
                 if self._closed:
                     return
                 self._retry.reset()
-                if self._shard is not self._home:
-                    self._shard, self._connection = self._home, None
                 if self.current is not None and self.current.keys:
                     self.close_batch()
                 else:
@@ -195,11 +193,13 @@ class Lane:
 
     async def _connect(self) -> Connection:
         """To this lane's server, or to one that has taken its place: then what belongs elsewhere is redirected from there."""
-        topology = self._client.topology
-        connection = self._shard.live_connection if self._shard in topology.shards else None
+        shards = self._client.topology.shards
+        if self._home in shards:
+            self._shard = self._home
+        connection = self._shard.live_connection if self._shard in shards else None
         if connection is None:
             keys = (key for batch in (*self.inflight, *self.queued) for key in batch.keys)
-            self._shard = await self._client.reach(key_bytes(next(keys, b"")), self._shard)
+            self._shard = await self._client.reach(key_bytes(next(keys, b"")))
             connection = await self._shard.connection()
         return connection
 

@@ -28,6 +28,8 @@ ONE_LOOP = ("-k", "not redis and not uvloop and not trio", "--timeout", "25")
 CONNECTION_TESTS = ["tests/test_connection.py", *ONE_LOOP]
 CLIENT_TESTS = ["tests/test_client.py", "tests/test_connection.py", *ONE_LOOP]
 WRITER_TESTS = ["tests/test_writer.py", *ONE_LOOP]
+LANE_TESTS = ["tests/test_lanes.py", *ONE_LOOP]
+DURABILITY_TESTS = ["tests/test_durability.py", *ONE_LOOP]
 PARSER_TESTS = ["tests/test_resp.py", *ONE_LOOP]
 CANCELLATION_TESTS = ["tests/test_cancellation.py", "tests/test_connection.py", *ONE_LOOP]
 RELEASE_TESTS = ["tests/test_release.py", *ONE_LOOP]
@@ -51,6 +53,7 @@ RUNS = "replay/runs.py"
 CONNECTION = "wire/connection.py"
 PARSER = "wire/resp.py"
 WRITER = "writer.py"
+LANE = "lane.py"
 PIPELINE = "pipeline.py"
 DISCOVERY = "wire/discovery.py"
 SENTINEL = "wire/sentinel.py"
@@ -346,7 +349,7 @@ MUTATIONS = [
     ),
     Mutation(
         "wire: a cancelled writer's batches are not abandoned",
-        [(WRITER, "            self._connection.abandon(batch.reply)\n", "            pass\n")],
+        [(LANE, "            self._connection.abandon(batch.reply)\n", "            pass\n")],
         [*WRITER_TESTS[:1], *CANCELLATION_TESTS],
     ),
     # --- order, and what belongs to whom ---
@@ -378,11 +381,8 @@ MUTATIONS = [
         [
             (
                 WRITER,
-                "            self._inflight.append(self._queued.popleft())\n",
-                (
-                    "            self._inflight.append(self._queued.popleft())\n            if batch.arena is not None:\n"
-                    "                self._arenas.append(batch.arena)\n"
-                ),
+                "        self._latest[slot] = lane.current\n        if",
+                "        self._latest[slot] = lane.current\n        self._arenas.append(lane.current.arena)\n        if",
             )
         ],
         WRITER_TESTS,
@@ -394,18 +394,18 @@ MUTATIONS = [
     ),
     Mutation(
         "wire: after a break the writer sends its batches in another order",
-        [(WRITER, "self._queued.extendleft(reversed(self._inflight))", "self._queued.extend(self._inflight)")],
+        [(LANE, "self.queued.extendleft(reversed(self.inflight))", "self.queued.extend(self.inflight)")],
         WRITER_TESTS,
     ),
     Mutation(
         "wire: a batch counts as stored though its reply never came",
         [
             (
-                WRITER,
-                "ConnectError) as error:\n                self._requeue()\n",
+                LANE,
+                "ServerError) as error:\n                self._requeue()\n",
                 (
-                    "ConnectError) as error:\n                while self._inflight:\n"
-                    "                    self._settle(self._inflight.popleft())\n"
+                    "ServerError) as error:\n                while self.inflight:\n"
+                    "                    self._settle(self.inflight.popleft())\n"
                 ),
             )
         ],
@@ -482,8 +482,53 @@ MUTATIONS = [
     ),
     Mutation(
         "wire: the writer holds any number of bytes",
-        [(WRITER, "while self._held and self._held + length > self._bound:", "while False:")],
+        [(WRITER, "if lane.current is None and self._held and self._held + length > self._bound:", "if False:")],
         WRITER_TESTS,
+    ),
+    # --- a writer on a cluster ---
+    Mutation(
+        "wire: what moved overtakes what will be redirected",
+        [
+            (WRITER, "if latest is not None and not latest.settled and latest.lane is not lane:", "if False:"),
+            (WRITER, "if latest is None or latest.settled or latest.lane is lane:", "if True:"),
+        ],
+        LANE_TESTS,
+    ),
+    Mutation(
+        "wire: what was redirected overtakes what came after its slot had come back",
+        [(LANE, "elif key in self._astray and value", "elif False and value")],
+        LANE_TESTS,
+    ),
+    Mutation(
+        "wire: what is redirected is sent from memory that a cancelled put takes back",
+        [(LANE, '[b"".join(batch.commands())]', "batch.commands()")],
+        LANE_TESTS,
+    ),
+    Mutation(
+        "wire: what was sent to a server that became a replica is redirected one by one",
+        [
+            (
+                LANE,
+                "self._shard.live_connection if self._shard in shards else None",
+                "self._shard.live_connection",
+            )
+        ],
+        LANE_TESTS,
+    ),
+    Mutation(
+        "wire: a lane that had to go elsewhere stays there",
+        [(LANE, "        if self._home in shards:\n            self._shard = self._home\n", "")],
+        LANE_TESTS,
+    ),
+    Mutation(
+        "wire: replicas are not waited for",
+        [(LANE, "                    if batch.over:\n", "                    if False:\n")],
+        DURABILITY_TESTS,
+    ),
+    Mutation(
+        "wire: replicas are not waited for where something was redirected to",
+        [(LANE, "                batch.over |= over\n", "                pass\n")],
+        DURABILITY_TESTS,
     ),
     Mutation(
         "wire: who parks for reading is not told of a request",

@@ -489,19 +489,19 @@ async def test_reader_whose_version_is_deleted_between_its_parts_gets_the_next(
     url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with aionpredis.connect(url) as client, aionpredis.connect(url) as publisher:
-        get_record = client.get_record
+        get_value = client.get_value
         publish = publisher.policy("p", keep=1).publish
         await publish(large(1))
         deleted = False
 
-        async def overtaken(key: Any) -> Any:
+        async def overtaken(key: Any, **how: Any) -> Any:
             nonlocal deleted
             if key.endswith(":2") and not deleted:
                 deleted = True
                 await publish(large(2))
-            return await get_record(key)
+            return await get_value(key, **how)
 
-        monkeypatch.setattr(client, "get_record", overtaken)
+        monkeypatch.setattr(client, "get_value", overtaken)
         found = await client.policy("p").latest()
         assert found is not None
         assert found.version == 2
@@ -613,10 +613,10 @@ async def test_download_that_is_cancelled_or_fails_is_not_the_others_loss(
 ) -> None:
     async with aionpredis.connect(url) as client:
         await client.policy("p").publish(weights(1))
-        get_record = client.get_record
+        get_value = client.get_value
         asked = 0
 
-        async def slow(key: Any) -> Any:
+        async def slow(key: Any, **how: Any) -> Any:
             nonlocal asked
             asked += 1
             if asked == 1:
@@ -624,9 +624,9 @@ async def test_download_that_is_cancelled_or_fails_is_not_the_others_loss(
             await anyio.sleep(0.05)
             if asked == 3:
                 raise CorruptValue("test", key=key)
-            return await get_record(key)
+            return await get_value(key, **how)
 
-        monkeypatch.setattr(client, "get_record", slow)
+        monkeypatch.setattr(client, "get_value", slow)
         found: list[Any] = []
 
         async def latest(scope: anyio.CancelScope) -> None:

@@ -91,19 +91,16 @@ class Cluster:
             keys.setdefault(self.shard(key), key)
         return list(keys.values())
 
-    async def reach(self, key: bytes, rather: Shard | None = None, *, immutable: bool = False) -> Shard:
+    async def reach(self, key: bytes, *, immutable: bool = False) -> Shard:
         """
         Raises:
             ConnectError: no server of the cluster can be asked for the map.
         """
-        shard = self._standing(rather) or self.shard(key, immutable=immutable)
+        shard = self.shard(key, immutable=immutable)
         if shard.lost is not None:
             await self._refresh()
-            shard = self._standing(rather) or self.shard(key, immutable=immutable)
+            shard = self.shard(key, immutable=immutable)
         return shard
-
-    def _standing(self, shard: Shard | None) -> Shard | None:
-        return shard if shard in self.shards else None
 
     async def learn(self, error: Redirected) -> Shard:
         """

@@ -41,8 +41,8 @@ class Topology(Protocol):
     def each(self) -> list[bytes]:
         """A key of each shard, for commands that have none."""
 
-    async def reach(self, key: bytes, rather: Shard | None = None, *, immutable: bool = False) -> Shard:
-        """Which has the key, or ``rather`` this one as long as it has any; after looking again if there is a reason to."""
+    async def reach(self, key: bytes, *, immutable: bool = False) -> Shard:
+        """Which has the key, after looking again if there is a reason to."""
 
     async def learn(self, error: Redirected) -> Shard:
         """A server says that another one has the key: this one."""
@@ -83,7 +83,7 @@ class OneServer:
     def each(self) -> list[bytes]:
         return [b""]
 
-    async def reach(self, key: bytes, rather: Shard | None = None, *, immutable: bool = False) -> Shard:
+    async def reach(self, key: bytes, *, immutable: bool = False) -> Shard:
         return self._shard
 
     async def learn(self, error: Redirected) -> Shard:
