@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import time
 import warnings
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -12,11 +14,11 @@ import numpy as np
 import pytest
 
 import aionpredis
-from aionpredis import Batches, Client, Replay, Run
+from aionpredis import Batches, Client, NotReplicated, Replay, Run, UsageError
 
 from .cluster import Cluster, slot_of
-from .nodes import Node
-from .replays import replay_of
+from .nodes import Node, wait
+from .replays import SCHEMA
 
 pytestmark = [pytest.mark.anyio, pytest.mark.timeout(90)]
 
@@ -51,7 +53,7 @@ class World:
         self._left = ACTORS
 
     def replay_of(self, client: Client, replicas: int = 0) -> Replay:
-        return replay_of(client, lease=2.0)
+        return client.replay("r", SCHEMA, chunk=4, lease=2.0, replicas=replicas)
 
     async def go_on(self, count: int = 400) -> None:
         """Until each actor has appended so many more, and the others have read."""
@@ -135,9 +137,26 @@ async def world(cluster: Cluster, replicas: int = 0) -> AsyncIterator[World]:
 
 Fault = Callable[[Cluster], object]
 
+
+def replace_by_an_older(cluster: Cluster, primary: Node) -> None:
+    """Kill it when its replica has missed what it did in the last 300 ms."""
+    (replica,) = cluster.replicas(primary)
+    replica.call("CONFIG", "SET", "masterauth", "refused")
+    try:
+        primary.call("CLIENT", "KILL", "TYPE", "replica")
+        time.sleep(0.3)
+        cluster.kill(primary)
+        wait(lambda: replica.info()["role"] == "master", "the replica takes over")
+    finally:
+        replica.call("CONFIG", "SET", "masterauth", "")
+    cluster.wait_ok()
+
+
 KILLED: dict[str, Fault] = {
     "log": lambda cluster: cluster.failover(LOG),
     "data": lambda cluster: cluster.failover(data_server(cluster)),
+    "log, replica behind": lambda cluster: replace_by_an_older(cluster, cluster.owner(LOG)),
+    "data, replica behind": lambda cluster: replace_by_an_older(cluster, data_server(cluster)),
 }
 PLANNED: dict[str, Fault] = {
     "log": lambda cluster: cluster.failover(LOG, graceful=True),
@@ -153,6 +172,7 @@ async def test_what_a_killed_primary_has_lost_is_counted(cluster: Cluster, who: 
     async with world(cluster) as here:
         await anyio.to_thread.run_sync(KILLED[who], cluster)
         await here.go_on()
+    assert here.lost or "behind" not in who
 
 
 @pytest.mark.parametrize("what", PLANNED)
@@ -161,3 +181,76 @@ async def test_nothing_is_lost_when_slots_go_to_another_server(cluster: Cluster,
         await anyio.to_thread.run_sync(PLANNED[what], cluster)
         await here.go_on()
     assert here.lost == 0
+
+
+@pytest.mark.parametrize("who", ["log, replica behind", "data, replica behind"])
+async def test_nothing_is_lost_that_replicas_have_acknowledged(cluster: Cluster, who: str) -> None:
+    async with world(cluster, replicas=1) as here:
+        for _ in range(2):
+            before = {*cluster.primaries()}
+            await anyio.to_thread.run_sync(KILLED[who], cluster)
+            (killed,) = before - {*cluster.primaries()}
+            await anyio.to_thread.run_sync(cluster.restart, killed)  # nothing is acknowledged without
+            await here.go_on(100)
+    assert here.lost == 0
+
+
+async def test_data_that_an_earlier_connection_made_persistent_are_waited_for_too(cluster: Cluster) -> None:
+    """WAIT is for what its own connection wrote."""
+    server = data_server(cluster)
+    (replica,) = cluster.replicas(server)
+    async with aionpredis.connect(cluster.url) as client:
+        replay = client.replay("r", SCHEMA, chunk=1, replicas=1)
+        run = await replay.begin_run()
+        async with replay.actor() as actor:
+            await actor.join()
+            cluster.stop(replica)
+            for seq in itertools.count():
+                await actor.append(state=np.zeros(3, np.uint8), uid=seq, terminated=False)
+                if cluster.owner(slot_of(f"r:{run.run}:{actor.incarnation.hex()}:{seq}")) is server:
+                    break
+                await actor.flush()
+            for kill in (True, False):
+                with anyio.move_on_after(1.0) as scope:
+                    await actor.flush()
+                assert scope.cancelled_caught
+                if kill:
+                    server.call("CLIENT", "KILL", "TYPE", "normal")
+            cluster.cont(replica)
+            with anyio.fail_after(10):
+                await actor.flush()
+            assert actor.stats.acknowledged == seq + 1
+
+
+async def test_too_few_replicas_are_an_error_at_once_and_later_after_the_time_to_retry(cluster: Cluster) -> None:
+    async with aionpredis.connect(cluster.url, retry_timeout=1.0) as client:
+        with pytest.raises(UsageError):
+            client.replay("r", SCHEMA, replicas=-1)
+        replay = client.replay("r", SCHEMA, replicas=1)
+        await replay.begin_run()
+        with anyio.fail_after(10), pytest.raises(NotReplicated):
+            async with client.replay("r", SCHEMA, replicas=2).actor():
+                pass
+        async with replay.actor() as actor:
+            await actor.join()
+            await actor.append(state=np.zeros(3, np.uint8), uid=0, terminated=False)
+            for primary in cluster.primaries():
+                for replica in cluster.replicas(primary):
+                    cluster.stop(replica)
+            with anyio.fail_after(10), pytest.raises(NotReplicated):
+                await actor.flush()
+            assert (actor.stats.acknowledged, actor.stats.stale) == (0, 1)
+
+
+async def test_chunks_spread_evenly_over_the_servers(cluster: Cluster) -> None:
+    """Within 10 %: of 9,000 chunks that is seven standard deviations of a random choice."""
+    async with aionpredis.connect(cluster.url) as client:
+        replay = client.replay("r", SCHEMA, chunk=1)
+        await replay.begin_run()
+        async with replay.actor() as actor:
+            await actor.join()
+            for uid in range(9000):
+                await actor.append(state=np.zeros(3, np.uint8), uid=uid, terminated=False)
+        for primary in cluster.primaries():
+            share = len(cluster.slots(primary)) / 16384  # a third, but for slots that other tests have moved
+            assert abs(primary.call("DBSIZE") - share * 9000) < 300

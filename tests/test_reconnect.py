@@ -36,6 +36,7 @@ from aionpredis import (
     WriteFailed,
 )
 from aionpredis.replay import Batches
+from aionpredis.replay.log import ChunkId, LogReader, Names, look_again, pack
 
 from .proxy import Proxy
 from .replays import SCHEMA, fill, kill_connections, replay_of, uids, unnamed_without_ttl
@@ -911,6 +912,33 @@ async def test_chunk_that_was_missing_is_read_when_its_actor_sends_it_again(url:
                     await anyio.sleep(0.005)
             tasks.cancel_scope.cancel()
         assert found == list(range(4))
+
+
+async def test_chunk_that_a_failover_took_is_read_though_its_entry_has_the_same_number_again(
+    url: str, stock: redis.Redis
+) -> None:
+    """The new primary has neither data nor entry, until the actor sends both again; or another chunk has the number."""
+    async with aionpredis.connect(url) as client:
+        run = await replay_of(client).begin_run()
+        entries: Any = stock.xrange("{r}:log")
+        ((_, begin),) = entries
+        log = LogReader(client, Names("r"), run.run)
+        first, other = (ChunkId(b"8 bytes.", seq, 4, b"") for seq in range(2))
+        stock.xadd("{r}:log", {"c": pack(first)}, id=f"{run.run}-1")
+        (chunk,) = await log.read(wait=False)
+        for lost_to in (None, other):
+            stock.delete("{r}:log")
+            stock.xadd("{r}:log", begin, id=f"{run.run}-0")
+            if lost_to is not None:
+                stock.xadd("{r}:log", {"c": pack(lost_to)}, id=f"{run.run}-1")
+            value, gone = await look_again(client, Names("r"), run.run, chunk)
+            assert value is None
+            assert gone
+            log.miss(chunk, gone)
+            stock.xadd("{r}:log", {"c": pack(first)}, id=f"{run.run}-{1 if lost_to is None else 2}")
+            kill_connections(stock)
+            found = [each[:2] for each in await log.read(wait=False)]
+            assert found == [each[:2] for each in (lost_to, first) if each is not None]
 
 
 # --- the log ---------------------------------------------------------------------------------------------------------

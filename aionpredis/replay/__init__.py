@@ -31,6 +31,7 @@ from aionpredis.replay.reader import Batches, DrawSource, EpochSource, FollowSou
 from aionpredis.replay.sampler import NStep, Sample, Sampler, SampleStats
 from aionpredis.replay.schema import MAX_CHUNK_BYTES, MAX_ROWS, Schema
 from aionpredis.replay.selection import Fifo, Lifo, Newest, Prioritized, Selection, Shuffled, Uniform
+from aionpredis.replicas import Replicas
 
 if TYPE_CHECKING:
     from aionpredis.client import Client
@@ -81,6 +82,9 @@ class Replay:
     the actors wait. Learners are those that ``follow`` or sample, told apart by which of both they do and by their ``shard=``;
     the same number for all actors and learners.
 
+    ``replicas``: actors acknowledge a transition when so many replicas of each primary server have it, too (command ``WAIT``,
+    over connections of each actor's own): then a failover loses nothing of it. 0: when the primary has it.
+
     The server must not evict keys by itself (``maxmemory-policy noeviction``): see :meth:`begin_run`.
     """
 
@@ -94,6 +98,7 @@ class Replay:
         lease: float = 60.0,
         capacity: int | None = None,
         max_lag: int | None = None,
+        replicas: int = 0,
     ) -> None:
         if not isinstance(schema, Schema):
             raise UsageError(f"the schema of a replay is an aionpredis.Schema, not {type(schema).__name__}")
@@ -116,6 +121,7 @@ class Replay:
         self._lease = lease
         self._capacity = -(-(capacity or 0) // chunk)  # in chunks
         self._max_lag = -(-(max_lag or 0) // chunk)
+        self._replicas = None if type(replicas) is int and replicas == 0 else Replicas(client, replicas)
         self._beginning: runs.Beginning | None = None  # of the run that was begun here
 
     @property
@@ -217,6 +223,7 @@ class Replay:
             lease=self._lease,
             capacity=self._capacity,
             max_lag=self._max_lag,
+            replicas=self._replicas,
         )
 
     def vector_actor(self, lanes: int, name: str | None = None) -> VectorActor:

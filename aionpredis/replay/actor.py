@@ -33,6 +33,7 @@ from aionpredis.retry import backoff
 
 if TYPE_CHECKING:
     from aionpredis.client import Client
+    from aionpredis.replicas import Replicas
 
 __all__ = ["Actor", "ActorStats"]
 
@@ -91,7 +92,8 @@ class Actor:
 
     :meth:`append` copies the transition and returns at once, until all buffers are travelling; then it waits. So memory
     is bounded by :attr:`buffers` chunks. A transition is **acknowledged** when its chunk is in the log: see :attr:`stats`
-    and :meth:`flush`. It is in the primary server's memory then; what the server does to keep it is its configuration.
+    and :meth:`flush`. It is in the primary servers' memory then, and in that of so many replicas as the replay wants; what
+    the servers do to keep it is their configuration.
 
     Leaving the block commits what was appended. One task at a time may append.
     """
@@ -107,6 +109,7 @@ class Actor:
         lease: float,
         capacity: int,
         max_lag: int,
+        replicas: Replicas | None = None,
     ) -> None:
         self.name = name
         self.run: Begin | None = None
@@ -127,7 +130,11 @@ class Actor:
         self._free = [ChunkBuffer(schema, chunk) for _ in range(self.buffers)]
         self._current: ChunkBuffer | None = None
         self._tasks: TaskGroup | None = None
-        self._committer = Committer(client, names, lease=lease, capacity=capacity, settled=self._settled)
+        self._replicas = replicas
+        self._sender = client if replicas is None else client.twin()
+        self._committer = Committer(
+            self._sender, names, lease=lease, capacity=capacity, replicas=replicas, settled=self._settled
+        )
         self._lag = Lag(client, names, max_lag)
         self._unawaited = False
         self._done = _Done()
@@ -146,6 +153,7 @@ class Actor:
             ConnectionLost, ConnectError, ServerError: the server could not be reached again within the client's
                 ``retry_timeout``, or refused; what was not acknowledged is given up. ``join()`` goes on in the same run.
                 (A full server is waited for, however long.)
+            NotReplicated: fewer replicas than the replay wants have acknowledged it within that time.
         """
 
     @property
@@ -156,6 +164,14 @@ class Actor:
     async def __aenter__(self) -> Actor:
         if self._tasks is not None:
             raise UsageError("an actor is for one `async with` block")
+        if self._replicas is not None:
+            await self._sender.__aenter__()
+            try:
+                for shard in self._sender.topology.shards:
+                    await self._replicas.check(await shard.connection())
+            except BaseException:
+                await self._sender.__aexit__(None, None, None)
+                raise
         self._tasks = anyio.create_task_group()
         await self._tasks.__aenter__()
         self._tasks.start_soon(self._committer.work)
@@ -176,7 +192,11 @@ class Actor:
         finally:
             self._close()
             self._tasks.cancel_scope.cancel()
-            await self._tasks.__aexit__(*((kind, error, trace) if cancelled else (None, None, None)))
+            try:
+                await self._tasks.__aexit__(*((kind, error, trace) if cancelled else (None, None, None)))
+            finally:
+                if self._replicas is not None:
+                    await self._sender.__aexit__(None, None, None)
         if failure is not None:
             if error is None:
                 try:

@@ -26,6 +26,7 @@ from aionpredis.errors import (
     AionpredisError,
     ConnectError,
     ConnectionLost,
+    NotReplicated,
     ServerError,
     ServerFull,
     ServerUnavailable,
@@ -41,6 +42,7 @@ from aionpredis.wire.shard import Shard
 
 if TYPE_CHECKING:
     from aionpredis.client import Client
+    from aionpredis.replicas import Replicas
 
 __all__ = ["Committer"]
 
@@ -65,10 +67,15 @@ class _Step(enum.Enum):
     CHECK = "PTTL"
     FIND = "XREVRANGE"
     DROP = "UNLINK"
+    FENCE = "PSETEX"
+    """Of a key beside the chunk's: if replicas have that, they have all that is older."""
 
 
-_LOGGED = (_Step.KEEP, _Step.CHECK)
+_LOGGED = (_Step.KEEP, _Step.CHECK, _Step.FENCE)
 """The steps of a commit that is in the log."""
+
+_REPLICATED = (_Step.LOG, _Step.KEEP, _Step.FENCE)
+"""The steps that replicas are waited for at: what a server did before, it tells them before."""
 
 
 class _Turn(enum.Enum):
@@ -109,6 +116,7 @@ class _Round(NamedTuple):
     commits: list[_Commit]
     buffers: list[Buffer]
     reply: Reply
+    over: set[Connection]  # it was sent, as far as replicas are waited for and not known to have it
 
 
 class _Lane:
@@ -154,6 +162,7 @@ def _xadd(log: bytes, run: int) -> bytes:
 
 class Committer:
     """Commits the chunks of one actor, by :meth:`work` in a task of its own. ``capacity``: chunks that a run keeps, 0: all.
+    ``replicas``: who has to have a chunk besides; the client is a twin of its own then.
 
     ``settled(buffer, rows, committed)`` is called once for each chunk, and gives the buffer back. ``failure``, ``ended``
     and ``gone`` say why nothing more is committed until :meth:`reset`: an error, a newer run, or a log that was deleted.
@@ -166,6 +175,7 @@ class Committer:
         *,
         lease: float,
         capacity: int = 0,
+        replicas: Replicas | None = None,
         settled: Callable[[ChunkBuffer, int, bool], None],
     ) -> None:
         self.failure: AionpredisError | None = None
@@ -180,6 +190,7 @@ class Committer:
         self._lease = lease
         self._lease_ms = b"%d" % round(lease * 1000)
         self._capacity = capacity
+        self._replicas = replicas
         self._evict_every = max(1, min(MAX_SURPLUS, capacity // 8))
         self._evict: tuple[int, int] | None = None  # run and entry: what lies at or before it has to go
         self.newest = 0, 0
@@ -274,8 +285,12 @@ class Committer:
                 while lane.rounds and lane.rounds[0].reply.done:  # and whatever else has come with it
                     one = lane.rounds[0]
                     if one.reply.redirected:
-                        await self._client.topology.follow(one.buffers, one.reply)
+                        over = await self._client.topology.follow(one.buffers, one.reply)
                         one.reply.redirected = False
+                        if one.over:
+                            one.over.update(over)
+                    elif one.over and one.reply.error is None:
+                        await self._until_replicated(lane, one)
                     else:
                         self._take_round(lane)
                 if lane.retry.attempts:
@@ -307,6 +322,24 @@ class Committer:
         lane.connection = lane.shard.live_connection
         if not lane.backlog:
             lane.retry.succeeded()
+
+    async def _until_replicated(self, lane: _Lane, one: _Round) -> None:
+        """One WAIT is for all that was sent before it, so it is asked for again only when more has been sent meanwhile."""
+        assert self._replicas is not None
+        for connection in tuple(one.over):
+            while connection in one.over:
+                covered = [each for each in lane.rounds if connection in each.over]
+                try:
+                    await self._replicas.acknowledge(connection)
+                except NotReplicated as error:
+                    await anyio.sleep(lane.retry.after(error))
+                except ServerUnavailable:
+                    raise
+                except ServerError as error:  # a replica's, which has no replicas
+                    raise ServerUnavailable(f"READONLY {error.args[0]}") from error
+                else:
+                    for each in (one, *covered):
+                        each.over.discard(connection)
 
     def close(self) -> None:
         """Nothing is committed any more, and nothing is read from the buffers."""
@@ -441,7 +474,10 @@ class Committer:
                 buffers += (small + command[0], *command[1:-1])
                 small = bytes(command[-1])
         buffers.append(small)
-        lane.rounds.append(_Round(commits, buffers, connection.submit(buffers, Reply(len(commits)))))
+        over = set()
+        if self._replicas is not None and any(commit.step in _REPLICATED for commit in commits):
+            over.add(connection)
+        lane.rounds.append(_Round(commits, buffers, connection.submit(buffers, Reply(len(commits))), over))
         lane.backlog = []
 
     def _command(self, commit: _Commit) -> list[Buffer]:
@@ -463,6 +499,8 @@ class Committer:
                 return resp.encode_bytes([b"PEXPIRE", key, self._lease_ms, b"XX"])
             case _Step.FIND:
                 return resp.encode("XREVRANGE", self._log, commit.searched, f"{commit.run}-1", "COUNT", streams.PAGE)
+            case _Step.FENCE:
+                return resp.encode("PSETEX", b"%b:{%b}" % (self._names.name.encode(), key), 1, b"")
             case _Step.KEEP:
                 return [b"*2\r\n$7\r\nPERSIST\r\n$%d\r\n%b\r\n" % (len(key), key)]
             case step:
@@ -470,7 +508,7 @@ class Committer:
 
     def _take_round(self, lane: _Lane) -> None:
         """Take the replies to the oldest round; raises the first that is an error, after all were taken."""
-        commits, _, reply = lane.rounds[0]
+        commits, _, reply, _ = lane.rounds[0]
         if reply.error is not None:
             raise copy.copy(reply.error)
         lane.rounds.popleft()
@@ -519,7 +557,13 @@ class Committer:
                 self._settle(commit, committed=True)
             case _Step.KEEP:  # it had no time to live, or does not exist
                 self._queue(commit, _Step.CHECK)
+            case _Step.CHECK if value == PERSISTENT and self._replicas is not None:
+                self._queue(
+                    commit, _Step.FENCE
+                )  # WAIT counts what this connection wrote, and the PERSIST was another's
             case _Step.CHECK if value == PERSISTENT:  # by an earlier PERSIST, so it is in the log
+                self._settle(commit, committed=True)
+            case _Step.FENCE:
                 self._settle(commit, committed=True)
             case _Step.CHECK:  # the lease ran out; or a SET that was delayed has begun another one
                 self._queue(commit, _Step.SET if value == ABSENT else _Step.RENEW)

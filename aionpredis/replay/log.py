@@ -43,6 +43,11 @@ __all__ = [
     "unpack",
 ]
 
+MAX_MISSED = 10_000
+"""Chunks that were not there when they were read, of which a reader remembers which: of those that capacity evicts, none comes
+back, and there may be any number.
+"""
+
 _ENTRY = struct.Struct("<8sII")
 FIELD = b"c"
 _COMMIT = re.compile(rb"\*2\r\n\$(\d{1,2})\r\n(\d{1,20}-(\d{1,20}))\r\n\*2\r\n\$1\r\nc\r\n\$(\d{1,9})\r\n")
@@ -352,9 +357,12 @@ class LogReader:
                     self.begun[chunk[:2]] = self._after[1]
         return chunks
 
-    def miss(self, chunk: ChunkId) -> None:
-        """Its data are not on the server. It counts as not read if it is committed again."""
-        self._missed[chunk[:2]] = chunk.entry
+    def miss(self, chunk: ChunkId, gone: bool) -> None:
+        """Its data are not on the server; ``gone``: nor is its entry. It counts as not read if it is committed again."""
+        # A failover may have taken the entry, and the same number may be given again.
+        self._missed[chunk[:2]] = 0 if gone else chunk.entry
+        if len(self._missed) > MAX_MISSED:
+            del self._missed[next(iter(self._missed))]
 
     @property
     def entry(self) -> int:
@@ -373,7 +381,13 @@ async def look_again(client: Client, names: Names, run: int, chunk: ChunkId) -> 
     Evicted is one whose log entry is gone, too. That is looked at twice: who deletes a chunk deletes its data first.
     """
     entry = f"{run}-{chunk.entry}"
-    if not await streams.page(client, names.log, entry, entry):
+    packed = pack(chunk)
+
+    async def is_gone() -> bool:  # with a failover, another chunk may have taken its number
+        present = await streams.page(client, names.log, entry, entry)
+        return not any(fields.get(FIELD) == packed for _, fields in present)
+
+    if await is_gone():
         return None, True
     value = await client.get_value(names.data(run, chunk))
-    return value, value is None and not await streams.page(client, names.log, entry, entry)
+    return value, value is None and await is_gone()

@@ -484,6 +484,7 @@ class Batches:
                 self._patterns.clear()
 
     def _count_lost(self, wanted: _Wanted, evicted: bool) -> None:
+        self._log.miss(wanted.chunk, evicted)
         if evicted:
             if not self.stats.evicted:
                 logger.warning(
@@ -495,7 +496,6 @@ class Batches:
             logger.warning("%s: chunk %r is in the log, but not on the server", self._names.name, wanted.key)
             self.stats.missing += 1
             self._client.counters.lost += 1
-            self._log.miss(wanted.chunk)
             warnings.warn(
                 f"chunk {wanted.key!r} is in the log, but not on the server: it was lost, or an actor died while "
                 "committing it",

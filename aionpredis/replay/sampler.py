@@ -239,8 +239,7 @@ class Sampler:
                 continue  # drawn again some time
             evictions += evicted
             losses += not evicted
-            if not evicted:
-                self._log.miss(chunk)
+            self._log.miss(chunk, evicted)
             gone.append(self._index.rows(number))
         self._client.counters.evicted += evictions
         self._client.counters.lost += losses

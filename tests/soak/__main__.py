@@ -73,7 +73,7 @@ def whole_cluster(
         rng,
         url=lambda slot: cluster.url,
         host=lambda slot: (NODES + slot) % count,
-        kept_by=lambda slot: "memory",
+        kept_by=lambda slot: ("memory", "replica")[slot % 2],
     )
     faults = int(os.environ.get("SOAK_FAULTS", "20"))
     return fleet, Storm(cluster, fleet, rng, faults, network if separate else None, SHARED), cluster.url

@@ -51,8 +51,7 @@ NOTABLE = 0.5
 
 def make_replay(client: Client, *, replicas: int = 0) -> Replay:
     schema = Schema(state=("float32", STATE), uid="int64", terminated="bool")
-    options = {"replicas": replicas} if replicas else {}
-    return client.replay("soak", schema, chunk=16, lease=LEASE, max_lag=20_000, **options)
+    return client.replay("soak", schema, chunk=16, lease=LEASE, max_lag=20_000, replicas=replicas)
 
 
 def state_of(uid: int) -> float:
