@@ -43,7 +43,7 @@ STATE = (64,)
 KEYS = 20
 """Arrays that the mixed calls of one process store and load."""
 FINISHED = -1
-STALLS = "append", "flush", "read", "call"
+STALLS = "append", "flush", "flush with replicas", "read", "call"
 """What can take long: of an actor, of a learner, of any other task."""
 NOTABLE = 0.5
 """Seconds from which on a stall is written down."""
@@ -153,6 +153,7 @@ async def simulate(worker: Worker) -> None:
 async def append(worker: Worker, client: Client, ledger: Ledger) -> None:
     uid = worker.number << 32
     state = np.zeros(STATE, np.float32)
+    flush = "flush with replicas" if worker.kept_by == "replica" else "flush"
     async with make_replay(client, replicas=int(worker.kept_by == "replica")).actor() as actor:
         (worker.folder / f"incarnation-{worker.kept_by}-{actor.incarnation.hex()}").touch()
         run = await actor.join()
@@ -164,7 +165,7 @@ async def append(worker: Worker, client: Client, ledger: Ledger) -> None:
                         state[:] = state_of(uid)
                         uid += 1  # whatever becomes of it, its number is not used again
                         await actor.append(state=state, uid=uid - 1, terminated=uid % 10 == 0)
-                done, _ = await worker.perhaps(actor.flush, what="flush")
+                done, _ = await worker.perhaps(actor.flush, what=flush)
                 if done:
                     ledger.write(run.run, told, uid)
                     told = uid
