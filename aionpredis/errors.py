@@ -39,7 +39,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 __all__ = [
     "AionpredisError",
@@ -71,9 +71,19 @@ __all__ = [
 
 
 class AionpredisError(Exception):
-    """Root of this package's exceptions. ``given_up``: it has been tried again, as far as that makes sense."""
+    """Root of this package's exceptions. ``given_up``: it has been tried again, as far as that makes sense.
+
+    They can be copied, and sent to another process.
+    """
 
     given_up = False
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _remade, (type(self), self.args), self.__dict__
+
+
+def _remade(kind: type[AionpredisError], args: tuple[Any, ...]) -> AionpredisError:
+    return kind.__new__(kind, *args)  # not by __init__, which wants the facts
 
 
 class UsageError(AionpredisError, ValueError):

@@ -197,7 +197,7 @@ MUTATIONS = [
     ),
     Mutation(
         "lease not renewed",
-        [(COMMIT, "case _Step.LOG if time.monotonic() - commit.leased < self._lease / 2:", "case _Step.LOG:")],
+        [(COMMIT, "if commit.step is _Step.LOG and now - commit.leased > self._lease / 2:", "if False:")],
     ),
     Mutation(
         "PERSIST's 0 is taken for success",
@@ -209,8 +209,8 @@ MUTATIONS = [
         [
             (
                 COMMIT,
-                "            commit.repeated |= commit.step is not _Step.SET\n            commit.step = _Step.SET\n",
-                "            pass\n",
+                "            self._queue(commit, _Step.SET)\n",
+                "            self._queue(commit, commit.step)\n",
             )
         ],
     ),
@@ -233,12 +233,12 @@ MUTATIONS = [
         [
             (
                 "replay/log.py",
-                "    if not await streams.page(client, names.log, entry, entry):\n        return None, True\n",
+                "    if await is_gone():\n        return None, True\n",
                 "",
             ),
             (
                 "replay/log.py",
-                "value is None and not await streams.page(client, names.log, entry, entry)",
+                "value is None and await is_gone()",
                 "False",
             ),
         ],
@@ -568,7 +568,7 @@ MUTATIONS = [
     ),
     Mutation(
         "wire: an idle writer's pump is cancelled",
-        [(WRITER, "            self._work.set()  # an idle", "            # an idle")],
+        [("lane.py", "        self._work.set()  # an idle", "        # an idle")],
         RELEASE_TESTS,
     ),
     Mutation(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ast
+import copy
 import importlib
 import inspect
+import pickle
 import re
 import tomllib
 from collections.abc import Iterable
@@ -123,6 +125,23 @@ def drawn_tree() -> dict[str, tuple[str, str | None]]:
         tree[match["name"]] = (above[-1] if above else "Exception", match["also"])
         above.append(match["name"])
     return tree
+
+
+def test_errors_can_be_copied_and_sent_to_another_process() -> None:
+    """What is kept is raised as a copy; and a worker's error has to come home."""
+    made = [
+        errors.EncodeError("x", key="k"),
+        errors.ServerError("NOPERM x", command="SET", key=b"k"),
+        errors.Redirected("MOVED 1 h:2"),
+        errors.NotReplicated(2, 1),
+        errors.WriteFailed([("k", errors.ServerFull("OOM x"))]),
+        errors.RunEnded("x", replay="r", run=3),
+    ]
+    for error in made:
+        for other in (copy.copy(error), pickle.loads(pickle.dumps(error))):
+            assert type(other) is type(error)
+            assert str(other) == str(error)
+            assert str(other.__dict__) == str(error.__dict__)
 
 
 def test_errors_are_as_drawn() -> None:

@@ -146,6 +146,7 @@ async def test_memory_stays_within_the_bound(proxy: Proxy, anyio_backend: Any) -
     assert proxy.passed_up > 300e6
 
 
+@pytest.mark.one_server("ACL SETUSER is for each server")
 async def test_failures_come_with_their_keys_each_once(server: Server, stock: redis.Redis, url: str) -> None:
     stock.execute_command("ACL", "SETUSER", "half", "on", ">secret", "~ok:*", "+@all")  # type: ignore[no-untyped-call]
     try:
@@ -176,6 +177,7 @@ async def test_failures_come_with_their_keys_each_once(server: Server, stock: re
         stock.execute_command("ACL", "DELUSER", "half")  # type: ignore[no-untyped-call]
 
 
+@pytest.mark.one_server("ACL SETUSER is for each server")
 async def test_put_that_reports_a_failure_has_not_accepted_its_item(server: Server, stock: redis.Redis) -> None:
     stock.execute_command("ACL", "SETUSER", "half", "on", ">secret", "~ok:*", "+@all")  # type: ignore[no-untyped-call]
     try:
