@@ -12,11 +12,11 @@ import random
 import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import anyio
 import numpy as np
@@ -27,6 +27,7 @@ from aionpredis import (
     Client,
     ConnectError,
     ConnectionLost,
+    NotReplicated,
     Position,
     Replay,
     ReplayGone,
@@ -36,6 +37,8 @@ from aionpredis import (
 )
 
 from .ledger import Ledger, read
+
+T = TypeVar("T")
 
 LEARNERS = 2
 LEASE = 5.0
@@ -116,23 +119,25 @@ class Worker:
 
 
 @asynccontextmanager
-async def opened(worker: Worker) -> AsyncIterator[Client]:
-    """A client of its own; opening one is a single attempt, which may meet a fault. In a cluster, half of the processes have
-    what never changes sent by replicas.
-    """
-    client = aionpredis.connect(worker.url, read_replicas=worker.number % 2 == 1)
-    while True:
-        try:
-            await client.__aenter__()
-        except (ConnectError, ConnectionLost, ServerUnavailable):
-            await anyio.sleep(0.1)
-        else:
-            break
-    (worker.folder / f"ready-{worker.number}").touch()
-    try:
+async def opened(make: Callable[[], AbstractAsyncContextManager[T]]) -> AsyncIterator[T]:
+    """A client, or an actor: opening one is a single attempt, which may meet a fault."""
+    async with AsyncExitStack() as stack:
+        while True:
+            try:
+                value = await stack.enter_async_context(make())
+            except (ConnectError, ConnectionLost, NotReplicated, ServerUnavailable):
+                await anyio.sleep(0.1)
+            else:
+                break
+        yield value
+
+
+@asynccontextmanager
+async def connected(worker: Worker) -> AsyncIterator[Client]:
+    """A client. In a cluster, half of the processes have what never changes sent by replicas."""
+    async with opened(partial(aionpredis.connect, worker.url, read_replicas=worker.number % 2 == 1)) as client:
+        (worker.folder / f"ready-{worker.number}").touch()
         yield client
-    finally:
-        await client.__aexit__(None, None, None)
 
 
 # --- simulators ------------------------------------------------------------------------------------------------------
@@ -140,7 +145,7 @@ async def opened(worker: Worker) -> AsyncIterator[Client]:
 
 async def simulate(worker: Worker) -> None:
     """Append numbered transitions, run after run; write down which are acknowledged."""
-    async with opened(worker) as client, anyio.create_task_group() as tasks:
+    async with connected(worker) as client, anyio.create_task_group() as tasks:
         for index in range(3):
             tasks.start_soon(mixed, worker, client, index)
         tasks.start_soon(watch, worker, client)
@@ -154,7 +159,7 @@ async def append(worker: Worker, client: Client, ledger: Ledger) -> None:
     uid = worker.number << 32
     state = np.zeros(STATE, np.float32)
     flush = "flush with replicas" if worker.kept_by == "replica" else "flush"
-    async with make_replay(client, replicas=int(worker.kept_by == "replica")).actor() as actor:
+    async with opened(make_replay(client, replicas=int(worker.kept_by == "replica")).actor) as actor:
         (worker.folder / f"incarnation-{worker.kept_by}-{actor.incarnation.hex()}").touch()
         run = await actor.join()
         told = uid
@@ -248,7 +253,7 @@ async def learn(worker: Worker) -> None:
             finished.add(entry.run)
         else:
             position = Position(entry.run, entry.first, entry.second)
-    async with opened(worker) as client, anyio.create_task_group() as tasks:
+    async with connected(worker) as client, anyio.create_task_group() as tasks:
         tasks.start_soon(sample, worker, client)
         with Ledger(path) as ledger:
             while True:
