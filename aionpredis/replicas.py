@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from aionpredis.errors import NotReplicated, UsageError
+from aionpredis.errors import (
+    ConnectError,
+    ConnectionLost,
+    NotReplicated,
+    ServerError,
+    ServerUnavailable,
+    UsageError,
+)
 from aionpredis.wire import resp
 from aionpredis.wire.resp import Reply
 
 if TYPE_CHECKING:
     from aionpredis.client import Client
     from aionpredis.wire.connection import Connection
+    from aionpredis.wire.shard import Shard
 
 __all__ = ["Replicas"]
 
@@ -36,21 +46,26 @@ class Replicas:
         self._count = count
         self._most_seconds = client.block_seconds
 
-    async def check(self, connection: Connection) -> None:
-        """See that there are so many: at once, or ``GRACE_SECONDS`` later. The connection is a new one.
+    async def check(self, shards: Iterable[Shard]) -> None:
+        """See that there are so many: at once, or ``GRACE_SECONDS`` later. Nothing was written over their connections.
+
+        A server that cannot be asked, or has been replaced, is none that has too few: who writes there tries again.
 
         Raises:
             NotReplicated: there are fewer.
             ServerError: the user may not ask.
         """
-        await self._wait(connection, GRACE_SECONDS)  # nothing was written over it, so each replica that follows counts
+        for shard in shards:
+            with suppress(ConnectError, ConnectionLost, ServerUnavailable):
+                # Of nothing each replica that follows has all.
+                await self._wait(await shard.connection(), GRACE_SECONDS)
 
     async def acknowledge(self, connection: Connection) -> None:
         """Return when they have what was stored over this connection before.
 
         Raises:
             NotReplicated: they do not, yet.
-            ServerError: it is no primary any more.
+            ServerUnavailable: it is no primary any more.
             ConnectionLost: what they have is not known.
         """
         await self._wait(connection, WAIT_SECONDS)
@@ -59,6 +74,10 @@ class Replicas:
         milliseconds = max(1, int(1000 * min(seconds, self._most_seconds)))
         reply = connection.submit(resp.encode("WAIT", self._count, milliseconds), Reply())
         await connection.wait(reply)
-        acknowledged = reply.result()
+        (acknowledged,) = reply.values
+        if isinstance(acknowledged, ServerError):
+            if "replica instances" in str(acknowledged):  # it was one until now
+                raise ServerUnavailable(f"READONLY {acknowledged}")
+            raise acknowledged.about("WAIT")
         if acknowledged < self._count:
             raise NotReplicated(self._count, acknowledged)

@@ -315,11 +315,11 @@ class Writer:
 
     async def _open(self, replicas: Replicas | None) -> None:
         """Reach all servers, if it has to be seen that they have replicas; else the first one will do."""
-        for shard in self._client.topology.shards if replicas else self._client.topology.shards[:1]:
+        if replicas:
+            await replicas.check(self._client.topology.shards)
+        else:
             with suppress(ConnectError):  # the lanes try again
-                connection = await shard.connection()
-                if replicas:
-                    await replicas.check(connection)
+                await self._client.topology.shards[0].connection()
 
     async def _leave(self) -> None:
         if self._replicas is not None:

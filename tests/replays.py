@@ -15,8 +15,8 @@ LEASE = 0.5
 """Seconds. Short, so that a test can wait for its end."""
 
 
-def replay_of(client: Client, *, chunk: int = 4, lease: float = LEASE, name: str = "r") -> Replay:
-    return client.replay(name, SCHEMA, chunk=chunk, lease=lease)
+def replay_of(client: Client, *, chunk: int = 4, lease: float = LEASE, name: str = "r", replicas: int = 0) -> Replay:
+    return client.replay(name, SCHEMA, chunk=chunk, lease=lease, replicas=replicas)
 
 
 async def fill(actor: Actor, uids: range) -> None:

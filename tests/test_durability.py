@@ -18,6 +18,7 @@ from aionpredis.errors import NotReplicated, UsageError, WriteFailed
 
 from .cluster import Cluster, slot_of
 from .nodes import Node, wait
+from .replays import fill, replay_of, uids
 from .sentinel import Sentinels
 
 pytestmark = pytest.mark.anyio
@@ -161,6 +162,31 @@ async def test_what_is_redirected_is_waited_for_where_it_is_stored(cluster: Clus
         cluster.cont(replica)
         with anyio.fail_after(10):
             await writer.flush()
+
+
+@pytest.mark.parametrize("graceful", [True, False])
+async def test_writers_and_actors_with_replicas_begin_though_a_primary_has_just_been_replaced(
+    cluster: Cluster, graceful: bool
+) -> None:
+    """Whom this client does not know yet, and who has a replica again only when the old one comes back."""
+    old = cluster.primaries()[0]
+    slots = cluster.slots(old)
+    key = next(f"k{i}" for i in range(100) if slot_of(f"k{i}") in slots)
+    async with aionpredis.connect(cluster.url) as client:
+        replay = replay_of(client)
+        await replay.begin_run()
+        cluster.failover(old, graceful=graceful)
+        with anyio.fail_after(30):
+            async with client.writer(replicas=1) as writer, replay_of(client, replicas=1).actor() as actor:
+                if not graceful:
+                    await anyio.to_thread.run_sync(cluster.restart, old)
+                await writer.put(key, STATE)
+                await writer.flush()
+                await actor.join()
+                await fill(actor, range(100))
+                await actor.flush()
+        assert await client.exists(key)
+        assert sorted(await uids(await replay.epoch())) == [*range(100)]
 
 
 async def test_items_that_reach_too_few_replicas_fail_and_the_writer_goes_on(cluster: Cluster) -> None:

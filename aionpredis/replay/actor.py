@@ -167,8 +167,7 @@ class Actor:
         if self._replicas is not None:
             await self._sender.__aenter__()
             try:
-                for shard in self._sender.topology.shards:
-                    await self._replicas.check(await shard.connection())
+                await self._replicas.check(self._sender.topology.shards)
             except BaseException:
                 await self._sender.__aexit__(None, None, None)
                 raise

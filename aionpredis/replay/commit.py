@@ -333,10 +333,6 @@ class Committer:
                     await self._replicas.acknowledge(connection)
                 except NotReplicated as error:
                     await anyio.sleep(lane.retry.after(error))
-                except ServerUnavailable:
-                    raise
-                except ServerError as error:  # a replica's, which has no replicas
-                    raise ServerUnavailable(f"READONLY {error.args[0]}") from error
                 else:
                     for each in (one, *covered):
                         each.over.discard(connection)
