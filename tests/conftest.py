@@ -38,20 +38,27 @@ def anyio_backend(request: pytest.FixtureRequest) -> Any:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "one_server(reason): not on a cluster, too")
+    config.addinivalue_line("markers", "one_loop(reason): each test on one of the loops, not on all of them")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """A cluster runs what does not say that one server is the point, and what no proxy stands in front of; each test on one of
-    the loops only, which saves a quarter of the time of all tests.
+    the loops.
     """
 
     def fits(item: pytest.Item) -> bool:
         assert isinstance(item, pytest.Function)
-        if not hasattr(item, "callspec") or item.callspec.params.get("server") != "cluster":
+        if not hasattr(item, "callspec"):
             return True
-        loop = LOOPS[zlib.crc32(item.originalname.encode()) % len(LOOPS)]
-        on_this_loop = item.callspec.params.get("anyio_backend", loop.values[0]) == loop.values[0]
-        return on_this_loop and item.get_closest_marker("one_server") is None and "proxy" not in item.fixturenames
+        on_cluster = item.callspec.params.get("server") == "cluster"
+        if on_cluster or item.get_closest_marker("one_loop") is not None:
+            ids = item.callspec.id.split("-")
+            loop = next((number for number, each in enumerate(LOOPS) if each.id in ids), None)
+            if loop is not None:
+                ids.remove(str(LOOPS[loop].id))
+                if loop != zlib.crc32(f"{item.originalname} {ids}".encode()) % len(LOOPS):
+                    return False
+        return not on_cluster or (item.get_closest_marker("one_server") is None and "proxy" not in item.fixturenames)
 
     items[:] = filter(fits, items)
 

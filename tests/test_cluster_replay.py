@@ -5,8 +5,8 @@ from __future__ import annotations
 import itertools
 import time
 import warnings
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import ExitStack, asynccontextmanager
 
 import anyio
 import anyio.to_thread
@@ -20,7 +20,7 @@ from .cluster import Cluster, slot_of
 from .nodes import Node, wait
 from .replays import SCHEMA
 
-pytestmark = [pytest.mark.anyio, pytest.mark.timeout(90)]
+pytestmark = [pytest.mark.anyio, pytest.mark.timeout(90), pytest.mark.one_loop("they wait for failovers")]
 
 LOG = slot_of("{r}:log")
 ACTORS = 3
@@ -152,6 +152,15 @@ def replace_by_an_older(cluster: Cluster, primary: Node) -> None:
     cluster.wait_ok()
 
 
+def half_way(cluster: Cluster, slots: list[int], keys: Sequence[str] = ()) -> None:
+    """Let slots be on their way for half a second."""
+    target = data_server(cluster)
+    with ExitStack() as stack:
+        for slot in slots:
+            stack.enter_context(cluster.migrating(slot, target, keys))
+        time.sleep(0.5)
+
+
 KILLED: dict[str, Fault] = {
     "log": lambda cluster: cluster.failover(LOG),
     "data": lambda cluster: cluster.failover(data_server(cluster)),
@@ -163,6 +172,9 @@ PLANNED: dict[str, Fault] = {
     "data": lambda cluster: cluster.failover(data_server(cluster), graceful=True),
     "slots": lambda cluster: cluster.move_slots(cluster.owner(LOG), data_server(cluster), 100),
     "the log's slot": lambda cluster: cluster.migrate(LOG, data_server(cluster)),
+    "half-way, log not moved": lambda cluster: half_way(cluster, [LOG]),
+    "half-way, log moved": lambda cluster: half_way(cluster, [LOG], ["{r}:log"]),
+    "half-way, slots of data": lambda cluster: half_way(cluster, cluster.slots(cluster.owner(LOG))[:100]),
 }
 
 

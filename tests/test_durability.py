@@ -11,10 +11,11 @@ import anyio
 import anyio.to_thread
 import numpy as np
 import pytest
+import redis
 
 import aionpredis
 from aionpredis import Client, Server
-from aionpredis.errors import NotReplicated, UsageError, WriteFailed
+from aionpredis.errors import NotReplicated, ServerError, UsageError, WriteFailed
 
 from .cluster import Cluster, slot_of
 from .nodes import Node, wait
@@ -223,6 +224,17 @@ async def test_too_few_replicas_are_noticed_when_a_writer_begins(url: str, serve
                     pytest.fail("it was entered")
             assert time.monotonic() - begin < 4  # not the retry_timeout of 30 s
             assert not client._twins
+
+
+async def test_the_right_to_wait_is_needed_and_the_error_names_it(url: str, stock: redis.Redis) -> None:
+    stock.execute_command("ACL", "SETUSER", "half", "on", ">secret", "~*", "+@all", "-wait")  # type: ignore[no-untyped-call]
+    try:
+        async with aionpredis.connect(url, username="half", password="secret") as client:
+            with pytest.raises(ServerError, match=r"needs \+wait"):
+                async with client.writer(replicas=1):
+                    pytest.fail("it was entered")
+    finally:
+        stock.execute_command("ACL", "DELUSER", "half")  # type: ignore[no-untyped-call]
 
 
 async def test_one_primary_with_a_replica_that_sentinels_watch(sentinels: Sentinels) -> None:

@@ -233,7 +233,8 @@ class Committer:
         self._counters.inflight_bytes += commit.size
         self._pending += 1
         lane = self._queue(commit, _Step.SET)
-        if self._only is None:  # else the replies come in order anyway
+        # Of one server the replies come in order anyway; and what has to wait for a fault to pass holds up no other chunk.
+        if self._only is None and not lane.pauses:
             commit.turn = _Turn.AWAITED
             self._line.append(commit)
         connection = lane.connection

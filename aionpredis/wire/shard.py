@@ -131,13 +131,18 @@ class Shard:
                 if await ask(self):
                     scope.cancel()
 
-        async with anyio.create_task_group() as tasks:
-            tasks.start_soon(give_up, tasks.cancel_scope)
-            try:
-                connection = await self.dialer.dial(readonly=self._readonly)
-            except Exception as error:
-                failure = error
-            tasks.cancel_scope.cancel()
+        try:
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(give_up, tasks.cancel_scope)
+                try:
+                    connection = await self.dialer.dial(readonly=self._readonly)
+                except Exception as error:
+                    failure = error
+                tasks.cancel_scope.cancel()
+        except BaseException:  # cancelled when it had just been made
+            if connection is not None:
+                connection.close()
+            raise
         if connection is None:
             try:
                 raise failure
