@@ -73,7 +73,9 @@ def whole_cluster(
         rng,
         url=lambda slot: cluster.url,
         host=lambda slot: (NODES + slot) % count,
-        kept_by=lambda slot: ("memory", "replica")[slot % 2],
+        kept_by=lambda slot: (
+            "replica" if slot < PROCESSES - SHARED else "memory"
+        ),  # who is cut off with a primary loses
     )
     faults = int(os.environ.get("SOAK_FAULTS", "20"))
     return fleet, Storm(cluster, fleet, rng, faults, network if separate else None, SHARED), cluster.url
