@@ -465,7 +465,7 @@ class Client:
             keys: list[bytes] = await self.call("COMMAND", "GETKEYS", *arguments, repeatable=True)
         except ServerError:  # it has none; or is wrong, and will be told so
             return b""
-        return keys[0]
+        return keys[0] if keys else b""
 
     async def send(self, key: bytes, command: Sequence[Buffer]) -> None:
         """An encoded SET of the key."""

@@ -700,17 +700,17 @@ class Worker:
 def background_noted(figures: Figures) -> Iterator[None]:
     """Count where the package's own tasks are cancelled, too."""
 
-    def noted(work: Callable[[Any], Awaitable[None]]) -> Callable[[Any], Awaitable[None]]:
-        async def task(self: Any) -> None:
-            one = Stepped(work(self), figures)
+    def noted(work: Callable[..., Awaitable[None]]) -> Callable[..., Awaitable[None]]:
+        async def task(*arguments: Any) -> None:
+            one = Stepped(work(*arguments), figures)
             one.wanted = lambda: True
             await one
 
         return task
 
-    originals: dict[tuple[type, str], Callable[[Any], Awaitable[None]]] = {
+    originals: dict[tuple[type, str], Callable[..., Awaitable[None]]] = {
         (Lane, "pump"): Lane.pump,
-        (Committer, "work"): Committer.work,
+        (Committer, "_drive"): Committer._drive,
     }
     for (owner, name), work in originals.items():
         setattr(owner, name, noted(work))

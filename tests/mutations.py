@@ -35,6 +35,8 @@ CANCELLATION_TESTS = ["tests/test_cancellation.py", "tests/test_connection.py", 
 RELEASE_TESTS = ["tests/test_release.py", *ONE_LOOP]
 CLUSTER_TESTS = ["tests/test_discovery.py", *ONE_LOOP]
 SENTINEL_TESTS = ["tests/test_service.py", *ONE_LOOP]
+RECONNECT_TESTS = ["tests/test_reconnect.py", "-k", "missing or same_number", *ONE_LOOP[2:]]
+CLUSTER_REPLAY_TESTS = ["tests/test_cluster_replay.py", "-k", "valkey", "-n", "2"]
 TIMEOUT = 240
 """Seconds for one of them. All tests pass in a sixth of that."""
 
@@ -209,8 +211,12 @@ MUTATIONS = [
         [
             (
                 COMMIT,
-                "            self._queue(commit, _Step.SET)\n",
-                "            self._queue(commit, commit.step)\n",
+                (
+                    "            commit.repeated |= commit.step is not _Step.SET\n"
+                    "            commit.turn = _Turn.FREE\n"
+                    "            self._queue(commit, _Step.SET)\n"
+                ),
+                "            commit.turn = _Turn.FREE\n            self._queue(commit, commit.step)\n",
             )
         ],
     ),
@@ -257,6 +263,42 @@ MUTATIONS = [
                 "            self._stats.stale += rows\n",
             ),
         ],
+    ),
+    Mutation(
+        "a chunk that a failover took is not read when it is sent again",
+        [(LOG, "self._missed[chunk[:2]] = 0 if gone else chunk.entry", "self._missed[chunk[:2]] = chunk.entry")],
+        RECONNECT_TESTS,
+    ),
+    Mutation(
+        "another chunk's entry is taken for that of one that a failover took",
+        [(LOG, "return not any(fields.get(FIELD) == packed for _, fields in present)", "return not present")],
+        RECONNECT_TESTS,
+    ),
+    # --- clusters ---
+    Mutation(
+        "cluster: entries come in any order",
+        [(COMMIT, "if self._only is None and not lane.pauses:", "if False:")],
+    ),
+    Mutation(
+        "cluster: what was redirected is not followed",
+        [(COMMIT, "if one.reply.redirected:", "if False:")],
+        CLUSTER_REPLAY_TESTS,
+    ),
+    Mutation(
+        "replicas are not waited for",
+        [(COMMIT, "any(commit.step in _REPLICATED for commit in commits)", "False")],
+        CLUSTER_REPLAY_TESTS,
+    ),
+    Mutation(
+        "replicas are not waited for when another connection has written",
+        [
+            (
+                COMMIT,
+                "case _Step.CHECK if value == PERSISTENT and self._replicas is not None:",
+                "case _Step.CHECK if False:",
+            )
+        ],
+        CLUSTER_REPLAY_TESTS,
     ),
     # --- cancellation ---
     Mutation(

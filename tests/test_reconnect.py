@@ -399,6 +399,7 @@ class GoneAt(Proxy):
             yield data
 
 
+@pytest.mark.one_server("a proxy is in front of it")
 async def test_what_a_step_of_an_actor_gave_up_is_not_tried_for_another_retry_timeout(url: str, tmp_path: Path) -> None:
     """The server vanishes while the actor evicts. Each attempt is counted once."""
     with GoneAt(url, tmp_path) as proxy:

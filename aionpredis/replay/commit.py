@@ -53,6 +53,9 @@ MAX_SURPLUS = 16
 many actors one does, and if it dies the next one. It costs three round trips."""
 
 
+EVICT_SECONDS = 2.0
+"""For an eviction. What one does not finish, the next one does."""
+
 PERSISTENT, ABSENT = -1, -2
 """What ``PTTL`` says of a key without a time to live, and of none."""
 
@@ -299,7 +302,9 @@ class Committer:
                 if lane.full.attempts:
                     lane.full.succeeded()
                 if self._evict is not None:
-                    await runs.evict(self._client, self._names, *self._evict)
+                    # To the end, though the actor is left: an entry without data would be taken for a loss.
+                    with anyio.move_on_after(EVICT_SECONDS, shield=True):
+                        await runs.evict(self._client, self._names, *self._evict)
                     self._evict = None
             except ServerFull as error:  # until there is room: meanwhile append() waits
                 lane.refusal = error
@@ -497,7 +502,8 @@ class Committer:
             case _Step.FIND:
                 return resp.encode("XREVRANGE", self._log, commit.searched, f"{commit.run}-1", "COUNT", streams.PAGE)
             case _Step.FENCE:
-                return resp.encode("PSETEX", b"%b:{%b}" % (self._names.name.encode(), key), 1, b"")
+                # A key of the same slot, for which the chunk's rights are enough.
+                return resp.encode("PSETEX", b"%b:0{%b}" % (self._names.name.encode(), key), 1, b"")
             case _Step.KEEP:
                 return [b"*2\r\n$7\r\nPERSIST\r\n$%d\r\n%b\r\n" % (len(key), key)]
             case step:

@@ -181,12 +181,11 @@ class Cluster:
             self._refreshed += 1
             self._refreshed_at = time.monotonic()
             known = self._primaries
-            if gone := known.keys() - self._adopt(
-                found
-            ):  # with a failover, what they had acknowledged last may be lost
+            gone = known.keys() - self._adopt(found)
+            if gone:  # with a failover, what they had acknowledged last may be lost
                 self._counters.changes += 1
-                for address in gone:
-                    known[address].leave()
+            for address in gone:
+                known[address].leave()
 
     def _in_turn(self, replicas: Sequence[Address]) -> Iterator[Shard]:
         for address in replicas:
