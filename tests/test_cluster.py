@@ -193,6 +193,24 @@ async def test_a_replica_that_takes_over_is_found(cluster: Cluster, graceful: bo
         assert client.faults.changes > 0  # what the old one acknowledged last may be lost: followers look again
 
 
+async def test_a_primary_that_was_replaced_is_noticed_however_recently_the_map_was_asked_for(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Readers look again then: it may have acknowledged what its successor does not have."""
+    monkeypatch.setattr("aionpredis.wire.cluster.REFRESH_SECONDS", math.inf)
+    async with aionpredis.connect(cluster.url) as client:
+        await fill(client)
+        changes = client.faults.changes
+        old = cluster.owner(slot_of(KEYS[0]))
+        cluster.migrate(slot_of(KEYS[0]), other(cluster, old))
+        assert is_array(await client.get(KEYS[0]), 0)
+        assert client.faults.changes == changes  # nobody was replaced
+        key = next(key for key in KEYS if cluster.owner(slot_of(key)) is old)
+        cluster.failover(old, graceful=True)
+        assert await client.get(key) is not None
+        assert client.faults.changes > changes
+
+
 async def test_a_cluster_that_is_gone_is_an_error_after_the_time_to_retry() -> None:
     with Cluster(replicas=0) as cluster:
         async with aionpredis.connect(cluster.url, retry_timeout=0.5) as client:

@@ -111,7 +111,8 @@ class Cluster:
         shard = self._server(address)
         if not error.asks:
             self._slots[error.slot] = shard
-            if time.monotonic() - self._refreshed_at > REFRESH_SECONDS:
+            # One that was no primary has taken the place of another: that must be known at once, see ``changes``.
+            if shard not in self.shards or time.monotonic() - self._refreshed_at > REFRESH_SECONDS:
                 await self._refresh(address)  # who has it now knows it first
         return shard
 
@@ -175,7 +176,7 @@ class Cluster:
     async def _refresh(self, first: Address | None = None) -> None:
         refreshed = self._refreshed
         async with self._refreshing:
-            if self._refreshed != refreshed:
+            if self._refreshed != refreshed and (first is None or first in self._primaries):
                 return  # by another task, while this one waited
             found = await self._dialer.discover(first)
             self._refreshed += 1
