@@ -347,11 +347,10 @@ async def test_cancelled_mget_that_waits_for_one_server_writes_nothing_of_the_ot
         connection = client.live_connection(keys[1].encode())
         assert connection is not None
         connection.close()
-        first.call("CLIENT", "PAUSE", 800, "ALL")
-        cluster.stop(second)  # to connect again takes long
+        for node in (first, second):  # one answers late, the other lets nobody in
+            node.call("CLIENT", "PAUSE", 800, "ALL")
         with anyio.move_on_after(0.4) as scope:
             await client.mget(keys, out=out)
-        cluster.cont(second)  # before it counts as failed
         assert scope.cancelled_caught
         assert is_array(await client.get(keys[0]), 7)  # behind what was asked for before
         assert not out.any()
