@@ -106,9 +106,9 @@ class Append(Replaying):
         start = time.perf_counter()
         for pipe in self.pipes:
             pipe.send(None)
-        for pipe in self.pipes:
-            pipe.recv()
+        cpu = sum(pipe.recv() for pipe in self.pipes)
         sample = self.sample()
+        sample.metrics["actor_cpu"] = cpu / self.count
         sample.seconds = time.perf_counter() - start
         return sample
 
