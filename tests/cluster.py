@@ -100,13 +100,17 @@ class Cluster(Nodes):
         """Have a primary (or that of a slot) replaced by a replica: killed, or by CLUSTER FAILOVER. Returns the new one."""
         old = self.owner(primary) if isinstance(primary, int) else primary
         replicas = self.replicas(old)
-        if graceful:
-            replicas[0].call("CLUSTER", "FAILOVER")
-        else:
-            self.kill(old)
-        wait(lambda: any(node.info()["role"] == "master" for node in replicas), f"a replica replaces {old}")
-        self.wait_ok()
-        return next(node for node in replicas if node.info()["role"] == "master")
+        for _ in range(3):  # now and then a server that was asked to take over is a replica again at once
+            if graceful:
+                replicas[0].call("CLUSTER", "FAILOVER")
+            else:
+                self.kill(old)
+            wait(lambda: any(node.info()["role"] == "master" for node in replicas), f"a replica replaces {old}")
+            self.wait_ok()
+            for node in replicas:
+                if node.info()["role"] == "master":
+                    return node
+        raise TimeoutError(f"no replica has replaced {old} for good")
 
     def migrate(self, slot: int, to: Node, *, atomic: bool = False) -> None:
         """Move a slot with its keys to another primary, while clients go on.
@@ -140,7 +144,8 @@ class Cluster(Nodes):
             # The target first: if the source went first, nobody would own the slot in between.
             for node in [to, *(node for node in self.primaries() if node is not to)]:
                 node.call("CLUSTER", "SETSLOT", slot, "NODE", to.id)
-            self.wait_ok()
+            # Replicas may learn of it much later, if two primaries have chosen the same epoch meanwhile.
+            wait(lambda: len({str(self._owners(node)) for node in self.primaries()}) == 1, "the primaries agree")
 
     def move_slots(self, source: Node, to: Node, count: int) -> list[int]:
         """Migrate ``count`` slots, one after another. Returns them."""
@@ -186,6 +191,9 @@ class Cluster(Nodes):
             (first, last): (primary[2], frozenset(replica[2] for replica in replicas))
             for first, last, primary, *replicas in sorted(node.call("CLUSTER", "SLOTS"))
         }
+
+    def _owners(self, node: Node) -> dict[tuple[int, int], str]:
+        return {span: primary for span, (primary, _) in self._slots(node).items()}
 
     def _is_ok(self) -> bool:
         nodes = [node for node in self.nodes if node.answers]

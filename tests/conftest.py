@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -97,17 +98,29 @@ def proxy(url: str, tmp_path: Path) -> Iterator[Proxy]:
 
 
 @pytest.fixture(scope="session", params=["valkey", "redis"])
-def _cluster(request: pytest.FixtureRequest) -> Iterator[Cluster]:
-    with Cluster(binary=binary_of(request.param)) as cluster:
-        yield cluster
+def _whole_cluster(request: pytest.FixtureRequest) -> Iterator[Callable[[], Cluster]]:
+    with ExitStack() as stack:
+        clusters: list[Cluster] = []
+
+        def whole() -> Cluster:
+            if clusters:
+                try:
+                    clusters[-1].heal()
+                except TimeoutError:  # after many failovers and migrations its nodes may disagree for long
+                    stack.close()
+                    clusters.clear()
+            if not clusters:
+                clusters.append(stack.enter_context(Cluster(binary=binary_of(request.param))))
+            clusters[-1].flush()
+            return clusters[-1]
+
+        yield whole
 
 
 @pytest.fixture
-def cluster(_cluster: Cluster) -> Cluster:
+def cluster(_whole_cluster: Callable[[], Cluster]) -> Cluster:
     """A complete cluster, which is empty: one of each kind for the whole session, 2 s to start. Its roles may be swapped."""
-    _cluster.heal()
-    _cluster.flush()
-    return _cluster
+    return _whole_cluster()
 
 
 @pytest.fixture(scope="session", params=["valkey", "redis"])
