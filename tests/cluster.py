@@ -141,6 +141,8 @@ class Cluster(Nodes):
             source = self.owner(slot)  # its replica may have taken its place
             while rest := source.call("CLUSTER", "GETKEYSINSLOT", slot, 100):
                 self._move(source, to, rest)
+            # Else the target may choose an epoch that another one has, too, and they disagree about the slot.
+            wait(lambda: len({self._epoch(node) for node in self.nodes if node.answers}) == 1, "one epoch")
             # The target first: if the source went first, nobody would own the slot in between.
             for node in [to, *(node for node in self.primaries() if node is not to)]:
                 node.call("CLUSTER", "SETSLOT", slot, "NODE", to.id)
@@ -191,6 +193,12 @@ class Cluster(Nodes):
             (first, last): (primary[2], frozenset(replica[2] for replica in replicas))
             for first, last, primary, *replicas in sorted(node.call("CLUSTER", "SLOTS"))
         }
+
+    @staticmethod
+    def _epoch(node: Node) -> str:
+        """The highest epoch that it knows."""
+        info: str = node.call("CLUSTER", "INFO")
+        return next(line for line in str(info).splitlines() if "cluster_current_epoch" in line)
 
     def _owners(self, node: Node) -> dict[tuple[int, int], str]:
         return {span: primary for span, (primary, _) in self._slots(node).items()}
