@@ -162,7 +162,8 @@ class Lane:
                 refusal = self._refusal(batch)
                 if refusal is None:
                     if batch.over:
-                        await self._until_replicated(batch)
+                        assert self._replicas is not None
+                        await self._replicas.acknowledge(batch, self.inflight, self._retry)
                     if self._retry.attempts:
                         self._retry.succeeded()
                     self._settle(self.inflight.popleft())
@@ -243,20 +244,6 @@ class Lane:
         if batch.reply is None or not batch.keys:
             return None
         return next((value for value in batch.reply.values if isinstance(value, self._passing)), None)
-
-    async def _until_replicated(self, batch: Batch) -> None:
-        """One WAIT is for all that was sent before it, so it is asked for again only when more has been sent meanwhile."""
-        assert self._replicas is not None
-        for connection in tuple(batch.over):
-            while connection in batch.over:
-                covered = [each for each in self.inflight if connection in each.over]
-                try:
-                    await self._replicas.acknowledge(connection)
-                except NotReplicated as error:
-                    await anyio.sleep(self._retry.after(error))
-                else:
-                    for each in covered:
-                        each.over.discard(connection)
 
     def _requeue(self) -> None:
         """The connection broke, or the server refused. What was in flight goes first again, so that the last put of a key wins.

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from contextlib import suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
+
+import anyio
 
 from aionpredis.errors import (
     ConnectError,
@@ -19,6 +21,7 @@ from aionpredis.wire.resp import Reply
 
 if TYPE_CHECKING:
     from aionpredis.client import Client
+    from aionpredis.retry import Retry
     from aionpredis.wire.connection import Connection
     from aionpredis.wire.shard import Shard
 
@@ -30,6 +33,14 @@ WAIT_SECONDS = 1.0
 GRACE_SECONDS = 2.0
 """For those that were not there when they were first asked for: a replica counts from its first answer on, which it gives
 once a second."""
+
+
+class Sent(Protocol):
+    """What travelled together."""
+
+    @property
+    def over(self) -> set[Connection]:
+        """It was sent over these, as far as replicas are not known to have it."""
 
 
 class Replicas:
@@ -60,15 +71,25 @@ class Replicas:
                 # Of nothing each replica that follows has all.
                 await self._wait(await shard.connection(), GRACE_SECONDS)
 
-    async def acknowledge(self, connection: Connection) -> None:
-        """Return when they have what was stored over this connection before.
+    async def acknowledge(self, sent: Sent, inflight: Collection[Sent], retry: Retry) -> None:
+        """Return when they have it. One WAIT is for all that was sent before it, so it is asked for again only when more has
+        been sent meanwhile: ``inflight``, as it is at each time.
 
         Raises:
-            NotReplicated: they do not, yet.
+            NotReplicated: they do not, and ``retry`` says that it has been tried for long enough.
             ServerUnavailable: it is no primary any more.
             ConnectionLost: what they have is not known.
         """
-        await self._wait(connection, WAIT_SECONDS)
+        for connection in tuple(sent.over):
+            while connection in sent.over:
+                covered = [sent, *(other for other in inflight if connection in other.over)]
+                try:
+                    await self._wait(connection, WAIT_SECONDS)
+                except NotReplicated as error:
+                    await anyio.sleep(retry.after(error))
+                else:
+                    for each in covered:
+                        each.over.discard(connection)
 
     async def _wait(self, connection: Connection, seconds: float) -> None:
         milliseconds = max(1, int(1000 * min(seconds, self._most_seconds)))

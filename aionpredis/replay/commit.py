@@ -26,7 +26,6 @@ from aionpredis.errors import (
     AionpredisError,
     ConnectError,
     ConnectionLost,
-    NotReplicated,
     ServerError,
     ServerFull,
     ServerUnavailable,
@@ -294,7 +293,8 @@ class Committer:
                         if one.over:
                             one.over.update(over)
                     elif one.over and one.reply.error is None:
-                        await self._until_replicated(lane, one)
+                        assert self._replicas is not None
+                        await self._replicas.acknowledge(one, lane.rounds, lane.retry)
                     else:
                         self._take_round(lane)
                 if lane.retry.attempts:
@@ -328,20 +328,6 @@ class Committer:
         lane.connection = lane.shard.live_connection
         if not lane.backlog:
             lane.retry.succeeded()
-
-    async def _until_replicated(self, lane: _Lane, one: _Round) -> None:
-        """One WAIT is for all that was sent before it, so it is asked for again only when more has been sent meanwhile."""
-        assert self._replicas is not None
-        for connection in tuple(one.over):
-            while connection in one.over:
-                covered = [each for each in lane.rounds if connection in each.over]
-                try:
-                    await self._replicas.acknowledge(connection)
-                except NotReplicated as error:
-                    await anyio.sleep(lane.retry.after(error))
-                else:
-                    for each in (one, *covered):
-                        each.over.discard(connection)
 
     def close(self) -> None:
         """Nothing is committed any more, and nothing is read from the buffers."""
