@@ -51,7 +51,6 @@ MAX_SURPLUS = 16
 """Chunks beyond the capacity after which somebody evicts: whoever commits an entry whose number divides by this, so that of
 many actors one does, and if it dies the next one. It costs three round trips."""
 
-
 EVICT_SECONDS = 2.0
 """For an eviction. What one does not finish, the next one does."""
 
@@ -547,9 +546,8 @@ class Committer:
             case _Step.KEEP:  # it had no time to live, or does not exist
                 self._queue(commit, _Step.CHECK)
             case _Step.CHECK if value == PERSISTENT and self._replicas is not None:
-                self._queue(
-                    commit, _Step.FENCE
-                )  # WAIT counts what this connection wrote, and the PERSIST was another's
+                # WAIT counts what this connection wrote, and the PERSIST was another's.
+                self._queue(commit, _Step.FENCE)
             case _Step.CHECK if value == PERSISTENT:  # by an earlier PERSIST, so it is in the log
                 self._settle(commit, committed=True)
             case _Step.FENCE:
