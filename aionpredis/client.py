@@ -305,8 +305,7 @@ class Client:
 
     def _answers(self, reply: Reply, numbers: Sequence[int], keys: Sequence[Key]) -> list[Any]:
         """The values of these keys; raises the first error among them."""
-        joined = self.topology.joins_keys
-        if joined:
+        if self.topology.joins_keys:
             return list(self._raise(reply.values[0], "MGET"))
         return [
             # That a key holds no string is no error of MGET.
