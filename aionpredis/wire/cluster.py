@@ -68,12 +68,12 @@ class Cluster:
         await self.shards[0].connection()
 
     def shard(self, key: bytes, *, immutable: bool = False) -> Shard:
-        # Of a slot that nobody serves any server says so, or who does by now.
-        shard = self._slots[key_slot(key)] or self.shards[0]
+        _, shard = self.locate(key)
         return next(self._readers[shard]) if immutable and shard in self._readers else shard
 
     def locate(self, key: bytes) -> tuple[int, Shard]:
         slot = key_slot(key)
+        # Of a slot that nobody serves any server says so, or who does by now.
         return slot, self._slots[slot] or self.shards[0]
 
     def groups(self, items: list[T], key: Callable[[T], bytes]) -> list[list[T]]:
