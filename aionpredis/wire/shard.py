@@ -14,6 +14,8 @@ from aionpredis.wire.dial import Dialer
 
 __all__ = ["Shard"]
 
+REPLACED = "another server has taken its place"
+
 PATIENCE = 1.0
 """Seconds of silence after which others are asked about a server. A cluster takes longer to replace one."""
 
@@ -116,14 +118,14 @@ class Shard:
     def leave(self) -> None:
         """Another server has taken its place: nobody waits there any longer for what comes some time, or never."""
         for connection in self._lent:
-            connection.abort(ConnectionLost("another server has taken its place"))
+            connection.abort(ConnectionLost(REPLACED))
 
     async def _dial(self, patience: float) -> Connection:
         ask = self._on_silence
         if ask is None:
             return await self.dialer.dial(readonly=self._readonly)
         connection: Connection | None = None
-        failure: Exception = ConnectError(f"{self.dialer.url} says nothing, and another server has taken its place")
+        failure: Exception = ConnectError(f"{self.dialer.url} says nothing, and {REPLACED}")
 
         async def give_up(scope: anyio.CancelScope) -> None:
             while True:
@@ -151,7 +153,7 @@ class Shard:
 
         async def asked() -> None:
             if await ask(self):
-                connection.abort(ConnectionLost("it says nothing, and another server has taken its place"))
+                connection.abort(ConnectionLost(f"it says nothing, and {REPLACED}"))
 
         connection.patience, connection.on_silence = patience, asked
         return connection
