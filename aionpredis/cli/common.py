@@ -1,0 +1,111 @@
+"""What the commands share: options, a client until Ctrl-C, errors and exit codes, progress, output.
+
+What was asked for goes to stdout, progress and errors to stderr. Exit codes: 0; 1: it failed, for a reason that is said in
+one line; 2: it was called wrongly, or something is not installed; 128 + the number of the signal that interrupted it.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
+
+import typer
+
+from aionpredis.errors import AionpredisError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from aionpredis.client import Client
+
+__all__ = ["AsJson", "Url", "console", "fail", "need", "print_json", "progress", "said", "until_done", "with_client"]
+
+T = TypeVar("T")
+
+Url = Annotated[str | None, typer.Option("--url", envvar="REDIS_URL", help="The server, as connect() takes it.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def said(message: str, code: int) -> int:
+    """The code, after this has been said on stderr."""
+    print(f"aionpredis: {message}", file=sys.stderr)
+    return code
+
+
+def fail(message: str, code: int = 1) -> NoReturn:
+    """End the command."""
+    raise typer.Exit(said(message, code))
+
+
+def need(*modules: str, extra: str = "cli") -> None:
+    """End the command, unless all these modules are installed; ``extra`` is what brings them."""
+    if lacking := [name for name in modules if importlib.util.find_spec(name) is None]:
+        fail(f'this needs {" and ".join(lacking)}: pip install "aionpredis[{extra}]"', 2)
+
+
+def until_done(work: Callable[[], Awaitable[T]], *, interrupted: Callable[[], str] | None = None) -> T:
+    """The result of ``await work()``, in an event loop of its own.
+
+    An error of this package or the system's (a file cannot be written, …), and Ctrl-C, end the command with a line on
+    stderr. ``interrupted``: says what had been done until Ctrl-C, when ``work`` has ended.
+    """
+    from aionpredis.cli.interrupt import Interrupted, until_interrupted
+    from aionpredis.demo.failure import cause_of
+    from aionpredis.loop import run
+
+    try:
+        result: T = run(until_interrupted, work)
+    except Interrupted as error:
+        fail(f"{error}; {interrupted()}" if interrupted else str(error), error.exit_code)
+    except (AionpredisError, OSError, BaseExceptionGroup) as error:
+        cause = error if isinstance(error, OSError) else cause_of(error)
+        if cause is None:
+            raise
+        fail(str(cause))
+    return result
+
+
+def with_client(
+    url: str | None, work: Callable[[Client], Awaitable[T]], *, interrupted: Callable[[], str] | None = None
+) -> T:
+    """The result of ``await work(client)``, as :func:`until_done` has it; a client of this server, open."""
+    if url is None:
+        fail("which server? --url, or the environment's REDIS_URL", 2)
+
+    import aionpredis
+
+    async def connected() -> T:
+        async with aionpredis.connect(url) as client:
+            return await work(client)
+
+    return until_done(connected, interrupted=interrupted)
+
+
+@contextmanager
+def progress(what: str) -> Iterator[Callable[[int, int | None], None]]:
+    """A bar on stderr, if that is a terminal; gives ``report(done, total)``. ``total=None``: nobody knows."""
+    need("rich")
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def console() -> Console:
+    """Where tables go: stdout, whose lines are as long as they need to be if it is no terminal."""
+    need("rich")
+    from rich.console import Console
+
+    return Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 10_000)
+
+
+def print_json(facts: Any, *, indent: int | None = 2) -> None:
+    """One JSON document on stdout, at once."""
+    print(json.dumps(facts, indent=indent), flush=True)

