@@ -210,6 +210,23 @@ class Client:
         value = await self.get_value(key)
         return None if value is None else await self._open(codecs.open_array, value, key)
 
+    async def get_value(self, key: Key, *, immutable: bool = False) -> NDArray[np.uint8] | None:
+        """Load the bytes under a key (command ``GET``), whatever they are; ``None`` if there is no such key.
+
+        Shape ``(length,)``, dtype ``uint8``, in writable memory that is aligned to 64 bytes and nobody else's: a view of it
+        can be the array of a value in another format. ``immutable``: they never change, so a replica may send them.
+
+        Raises:
+            ServerError: as for :meth:`get`.
+        """
+        name = key_bytes(key)
+        command = resp.encode("GET", name)
+        reply = await self.request(lambda: (command, ValueReply()), name, immutable=immutable)
+        value: NDArray[np.uint8] | None = self._raise(reply.values[0], "GET", key)
+        if value is None and immutable:
+            return await self.get_value(key)  # a replica may not have it yet
+        return value
+
     async def _get_into(self, key: Key, out: NDArray[Any]) -> NDArray[Any] | None:
         name = key_bytes(key)
         command = resp.encode("GET", name)
@@ -434,6 +451,23 @@ class Client:
         """How many of the keys exist (``EXISTS``)."""
         return await self.count_keys("EXISTS", keys, repeatable=True)
 
+    async def scan(self, pattern: str | bytes = "*") -> AsyncIterator[bytes]:
+        """Names of the keys that match a pattern (``SCAN``, of each primary of a cluster), for ``async for``.
+
+        A key that is there all the time comes at least once, and may come twice; one that comes or goes meanwhile may not. The
+        server looks at all of its keys, 1,000 at a time.
+
+        Raises:
+            ServerError: the server refused it.
+        """
+        for shard in self.topology.each():
+            cursor: bytes | int = 0
+            while cursor != b"0":
+                scan = "SCAN", cursor, "MATCH", key_bytes(pattern), "COUNT", 1000
+                cursor, names = await self.call(*scan, repeatable=True, key=shard)
+                for name in names:
+                    yield name
+
     async def count_keys(self, command: str, keys: Iterable[Key], *, repeatable: bool = False) -> int:
         """The sum of what a command that takes any number of keys says of these, all shards at once."""
         names = [key_bytes(key) for key in keys]
@@ -653,16 +687,6 @@ class Client:
         finally:
             if retry is not given and retry is not None:
                 retry.reset()
-
-    async def get_value(self, key: Key, *, immutable: bool = False) -> NDArray[np.uint8] | None:
-        """The bytes stored under a key, in aligned memory. ``immutable``: they never change, so a replica may have them."""
-        name = key_bytes(key)
-        command = resp.encode("GET", name)
-        reply = await self.request(lambda: (command, ValueReply()), name, immutable=immutable)
-        value: NDArray[np.uint8] | None = self._raise(reply.values[0], "GET", key)
-        if value is None and immutable:
-            return await self.get_value(key)  # a replica may not have it yet
-        return value
 
     async def encode_value(
         self, encoder: Callable[[Any, Codec | None, Key], list[Buffer]], value: Any, codec: str | Codec | None, key: Key

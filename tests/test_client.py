@@ -352,6 +352,18 @@ async def test_command_that_would_harm_other_tasks_is_refused_with_the_reason(
         assert await client.execute("PING") == b"PONG"
 
 
+async def test_scan_finds_the_keys_of_all_servers(url: str, stock: redis.Redis) -> None:
+    expected = {f"frame:{number}".encode() for number in range(2500)}
+    for key in (*expected, b"other:1"):
+        stock.set(key, b"")
+    async with aionpredis.connect(url) as client:
+        assert {key async for key in client.scan("frame:*")} == expected
+        assert {key async for key in client.scan(b"frame:1?")} == {b"frame:%d" % number for number in range(10, 20)}
+        assert {key async for key in client.scan()} == {*expected, b"other:1"}
+        with pytest.raises(UsageError):
+            await anext(client.scan(7))  # type: ignore[arg-type]
+
+
 async def test_execute_wants_arguments_one_by_one(url: str) -> None:
     async with aionpredis.connect(url) as client:
         for arguments in ((), ("GET k",), (1,), (None,)):

@@ -6,6 +6,7 @@ A value is a ``.npy`` file, a ``.safetensors`` file, or the output of a codec ar
 from __future__ import annotations
 
 import enum
+import re
 from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
 
@@ -21,6 +22,9 @@ Buffer = bytes | memoryview
 
 MAX_MAGIC = 16
 """Bytes of a value that are compared with the codecs' magics."""
+
+PICKLE = re.compile(rb"\x80[\x02-\x05]")
+"""What a pickle of protocol 2 or newer begins with."""
 
 
 @runtime_checkable
@@ -104,7 +108,12 @@ def detect(value: memoryview) -> Kind | Codec:
             return codec
     if safetensors.looks_like(value):
         return Kind.RECORD
-    raise NotAnArray(f"{len(value)} bytes that are no .npy, .safetensors or {', '.join(_codecs)} file: {head!r}")
+    kinds = ", ".join(_codecs)
+    pickle = ", a pickle, it seems" if PICKLE.match(head) else ""
+    raise NotAnArray(
+        f"{len(value)} bytes that are no .npy, .safetensors or {kinds} file: {head!r}{pickle}; "
+        "get_value() gives them, docs/migrating.md helps"
+    )
 
 
 def compressed(value: memoryview) -> bool:

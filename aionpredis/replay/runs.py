@@ -228,13 +228,8 @@ async def _unlink(client: Client, names: Names, entries: list[streams.Entry]) ->
 async def leftover_keys(client: Client, names: Names, *, below: int) -> list[bytes]:
     """Data keys of runs before ``below`` that exist on the servers. Looks at all keys there: for checks, not for use."""
     found: set[bytes] = set()
-    for shard in client.topology.each():
-        cursor: bytes | int | None = 0
-        while cursor != b"0":
-            scan = "SCAN", cursor, "MATCH", names.data_pattern("*"), "COUNT", 10_000
-            cursor, keys = await client.call(*scan, repeatable=True, key=shard)
-            for key in keys:
-                run = key.split(b":")[1]
-                if run.isdigit() and int(run) < below:
-                    found.add(key)
+    async for key in client.scan(names.data_pattern("*")):
+        run = key.split(b":")[1]
+        if run.isdigit() and int(run) < below:
+            found.add(key)
     return sorted(found)
