@@ -1,4 +1,4 @@
-# make demo | test | check | bench | fuzz | soak | soak-cluster | clean. Needs Python 3.11 or newer, nothing else: everything goes into .venv.
+# make demo | test | check | bench | docs | fuzz | soak | soak-cluster | clean. Needs Python 3.11 or newer, nothing else: everything goes into .venv.
 
 PYTHON ?= python3
 VENV := .venv
@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # Without compiling what most runs never import, an installation takes half the time.
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
 
-.PHONY: demo test check bench fuzz soak soak-cluster clean
+.PHONY: demo test check bench docs fuzz soak soak-cluster clean
 
 demo: $(VENV)/.demo
 	$(BIN)/aionpredis demo
@@ -21,6 +21,11 @@ check: $(VENV)/.develop
 
 bench: $(VENV)/.bench
 	$(BIN)/python -m bench
+
+# The site, in build/site: every page anew, a warning is an error.
+docs: $(VENV)/.docs
+	$(BIN)/python -m sphinx --quiet --fresh-env --fail-on-warning --keep-going docs build/site
+	@echo build/site/index.html
 
 # Each target of tests/fuzz in turn. Not part of make test: atheris is not made for every platform.
 FUZZ_SECONDS ?= 60
@@ -55,6 +60,10 @@ $(VENV)/.develop: $(VENV)/.made pyproject.toml
 
 $(VENV)/.bench: $(VENV)/.made pyproject.toml
 	$(INSTALL) --editable '.[bench]'
+	@touch $@
+
+$(VENV)/.docs: $(VENV)/.made pyproject.toml
+	$(INSTALL) --editable '.[docs]'
 	@touch $@
 
 $(VENV)/.fuzz: $(VENV)/.made pyproject.toml

@@ -282,7 +282,7 @@ class Policy:
 
 
 class PolicyWatch:
-    """Iterator of :meth:`Policy.watch`; nothing has to be closed."""
+    """Iterator of :meth:`aionpredis.Policy.watch`; nothing has to be closed."""
 
     def __init__(self, policy: Policy, after: int) -> None:
         self._policy = policy

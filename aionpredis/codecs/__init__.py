@@ -60,7 +60,7 @@ _codecs: dict[str, Codec] = {"lz4": Lz4()}
 
 
 def register(codec: Codec) -> None:
-    """Let :func:`resolve` find ``codec`` by name, and reading by its magic.
+    """Let ``codec=`` find it by its name, and reading by its magic.
 
     Raises :class:`UsageError` for a name or magic that could be taken for another.
     """

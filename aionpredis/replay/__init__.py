@@ -280,12 +280,14 @@ class Replay:
         after: Iterable[int] | None = None,
         shard: tuple[int, int] = (0, 1),
     ) -> Batches:
-        """The run's transitions as they are committed, each once; ends when the run has ended. Otherwise like epoch::
+        """The run's transitions as they are committed, each once; ends when the run has ended::
 
-        batches = await replay.follow(run, after=position)  # None for the first time
-        async for batch in batches:
-            train(batch)
-            position = batches.position  # to be stored together with the result, for the next process
+            batches = await replay.follow(run, after=position)  # None for the first time
+            async for batch in batches:
+                train(batch)
+                position = batches.position  # to be stored together with the result, for the next process
+
+        Otherwise as :meth:`epoch`.
         """
         number = await self._run(run)
         position = _position(after, number)

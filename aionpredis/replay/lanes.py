@@ -67,7 +67,8 @@ class VectorActor:
 
         Raises:
             EncodeError: a column has not one value for each lane (nothing was added), or one does not fit.
-            Others: as :attr:`Actor.append`. Lanes before the one that raises have theirs.
+            TypeError, RunEnded, ConnectionLost, ConnectError, ServerError, NotReplicated: as for :attr:`Actor.append`.
+                Lanes before the one that raises have theirs.
         """
         for name, column in values.items():
             if len(column) != len(self._actors):
