@@ -17,6 +17,7 @@ except ModuleNotFoundError as missing:
 
 from aionpredis.cli.checkpoint import restore, save
 from aionpredis.cli.demo import demo
+from aionpredis.cli.watch import watch
 
 __all__ = ["app", "main"]
 
@@ -26,7 +27,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-for command in (demo, save, restore):
+for command in (demo, save, restore, watch):
     app.command()(command)
 
 

@@ -47,11 +47,14 @@ def need(*modules: str, extra: str = "cli") -> None:
         fail(f'this needs {" and ".join(lacking)}: pip install "aionpredis[{extra}]"', 2)
 
 
-def until_done(work: Callable[[], Awaitable[T]], *, interrupted: Callable[[], str] | None = None) -> T:
+def until_done(
+    work: Callable[[], Awaitable[T]], *, interrupted: Callable[[], str] | None = None, endless: bool = False
+) -> T:
     """The result of ``await work()``, in an event loop of its own.
 
     An error of this package or the system's (a file cannot be written, …), and Ctrl-C, end the command with a line on
-    stderr. ``interrupted``: says what had been done until Ctrl-C, when ``work`` has ended.
+    stderr. ``interrupted``: says what had been done until Ctrl-C, when ``work`` has ended. ``endless``: nothing but Ctrl-C
+    ends it, so that is no failure.
     """
     from aionpredis.cli.interrupt import Interrupted, until_interrupted
     from aionpredis.demo.failure import cause_of
@@ -60,6 +63,8 @@ def until_done(work: Callable[[], Awaitable[T]], *, interrupted: Callable[[], st
     try:
         result: T = run(until_interrupted, work)
     except Interrupted as error:
+        if endless:
+            raise typer.Exit(0) from None
         fail(f"{error}; {interrupted()}" if interrupted else str(error), error.exit_code)
     except (AionpredisError, OSError, BaseExceptionGroup) as error:
         cause = error if isinstance(error, OSError) else cause_of(error)

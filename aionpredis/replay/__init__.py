@@ -2,8 +2,8 @@
 
 ``schema`` the columns · ``chunk`` the buffers · ``log`` the commits · ``runs`` begin and delete · ``actor`` and ``lanes``
 write, ``commit`` sends, ``lag`` holds back · ``reader`` reads whole chunks · ``sampler`` draws transitions, by a
-``selection`` from an ``index``, and ``fetch``es them · ``checkpoint`` saves and restores. Built on the client alone; no code
-runs on the server.
+``selection`` from an ``index``, and ``fetch``es them · ``checkpoint`` saves and restores · ``observer`` looks on. Built on
+the client alone; no code runs on the server.
 """
 
 from __future__ import annotations
@@ -149,6 +149,8 @@ class Replay:
         if keep < 1:
             raise UsageError(f"keep is at least 1, the run that is begun; not {keep}")
         await runs.check_eviction(self._client, self._names)
+        # Before it begins: the actors that join it say their names anew.
+        await self._client.call("UNLINK", self._names.actors, repeatable=True)
         version = 0
         while True:
             try:
@@ -201,7 +203,8 @@ class Replay:
         await runs.close(self._client, self._names)
         await runs.delete_below(self._client, self._names, runs.CLOSED)
         await self.policy.delete()
-        await self._client.call("UNLINK", self._names.log, self._names.read, repeatable=True)
+        names = self._names
+        await self._client.call("UNLINK", names.log, names.read, names.actors, repeatable=True)
 
     async def leftover_keys(self, before: int | Run) -> list[bytes]:
         """Data keys of runs before this one that are still there. Of deleted runs there is none after one lease.
@@ -213,7 +216,9 @@ class Replay:
     # --- actors and learners -----------------------------------------------------------------------------------------
 
     def actor(self, name: str | None = None) -> Actor:
-        """One writer of transitions, for ``async with``. ``name``: for people only; each start is an identity of its own."""
+        """One writer of transitions, for ``async with``. ``name``: for people only (``aionpredis watch``), by default host and
+        process; each start is an identity of its own.
+        """
         return Actor(
             self._client,
             self._names,

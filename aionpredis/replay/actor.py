@@ -21,6 +21,7 @@ from aionpredis.errors import (
     ReplayGone,
     RunEnded,
     SchemaMismatch,
+    ServerError,
     UsageError,
 )
 from aionpredis.replay import runs
@@ -252,10 +253,18 @@ class Actor:
             )
         if self._numbered != begin.run:
             self._numbered, self._seq = begin.run, 0
+        await self._say_name()
         self._committer.beginning = runs.Beginning(self._client, self._names, begin)
         self.run = self._last = begin
         self._begin_chunk()
         return begin
+
+    async def _say_name(self) -> None:
+        """For people who look at the replay: to them, an actor that may not is its incarnation only."""
+        try:
+            await self._client.call("HSET", self._names.actors, self.incarnation.hex(), self.name, repeatable=True)
+        except ServerError:
+            pass
 
     # --- appending ---------------------------------------------------------------------------------------------------
 

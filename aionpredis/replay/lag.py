@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, TypeVar
 
 import anyio
 
@@ -20,7 +20,9 @@ from aionpredis.replay.log import Names
 if TYPE_CHECKING:
     from aionpredis.client import Client
 
-__all__ = ["Lag", "Progress", "slowest"]
+__all__ = ["Lag", "Progress", "entries_of", "slowest"]
+
+T = TypeVar("T")
 
 WRITE_SECONDS = 0.02
 """A learner says how far it is at most so often."""
@@ -105,11 +107,20 @@ def slowest(fields: Iterable[bytes], run: int) -> int:
     Raises:
         CorruptValue: one of them wrote something else.
     """
-    entries = []
-    for field in fields:
-        found = _READ.fullmatch(field)
+    return min(entries_of(dict(enumerate(fields)), run).values(), default=0)
+
+
+def entries_of(fields: Mapping[T, bytes], run: int) -> dict[T, int]:
+    """The entries among what the learners of a run wrote, by learner.
+
+    Raises:
+        CorruptValue: one of them wrote something else.
+    """
+    entries = {}
+    for learner, written in fields.items():
+        found = _READ.fullmatch(written)
         if found is None:
-            raise CorruptValue(f"a learner's progress is run:entry, not {field[:40]!r}")
+            raise CorruptValue(f"a learner's progress is run:entry, not {written[:40]!r}")
         if int(found[1]) == run:
-            entries.append(int(found[2]))
-    return min(entries, default=0)
+            entries[learner] = int(found[2])
+    return entries

@@ -48,6 +48,9 @@ MAX_MISSED = 10_000
 back, and there may be any number.
 """
 
+MAX_SECONDS = 1 << 53
+"""Of a run's beginning: exact in a float64."""
+
 _ENTRY = struct.Struct("<8sII")
 FIELD = b"c"
 _COMMIT = re.compile(rb"\*2\r\n\$(\d{1,2})\r\n(\d{1,20}-(\d{1,20}))\r\n\*2\r\n\$1\r\nc\r\n\$(\d{1,9})\r\n")
@@ -66,6 +69,7 @@ class Names:
         self.name = check_name(name)
         self.log = f"{{{name}}}:log"
         self.read = f"{{{name}}}:read"
+        self.actors = f"{{{name}}}:actors"
 
     def data(self, run: int, chunk: ChunkId) -> bytes:
         return b"%b%d" % (_data_prefix(self.name, run, chunk.incarnation), chunk.seq)
@@ -96,12 +100,15 @@ class ChunkId(NamedTuple):
 
 
 class Begin(NamedTuple):
-    """The entry that begins a run. ``policy``: the version published with it, 0 for none."""
+    """The entry that begins a run. ``policy``: the version published with it, 0 for none. ``begun``: when, in seconds since
+    1970 by the clock of the trainer's host; ``None`` if the entry does not say so.
+    """
 
     run: int
     token: bytes
     policy: int
     schema: str
+    begun: int | None = None
 
 
 def pack(chunk: ChunkId) -> bytes:
@@ -120,7 +127,10 @@ def unpack(packed: bytes, entry: int = 0) -> ChunkId:
 def parse_begin(names: Names, run: int, fields: dict[bytes, bytes]) -> Begin:
     """What the entry ``run-0`` says; :class:`CorruptValue` if it does not begin a run."""
     try:
-        return Begin(run, fields[b"begin"], int(fields[b"policy"]), fields[b"schema"].decode())
+        begun = int(fields[b"at"]) if b"at" in fields else None
+        if begun is not None and not 0 <= begun < MAX_SECONDS:
+            raise ValueError(f"at {begun}")
+        return Begin(run, fields[b"begin"], int(fields[b"policy"]), fields[b"schema"].decode(), begun)
     except (KeyError, ValueError):
         raise CorruptValue(f"entry {run}-0 does not begin a run: {streams.shown(fields)}", key=names.log) from None
 

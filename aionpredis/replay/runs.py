@@ -7,6 +7,7 @@ smaller than the target stream top item"): one ``XADD`` fences every actor on ev
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -97,7 +98,7 @@ async def begin(client: Client, names: Names, *, policy: int, schema: str, above
         ServerFull: no memory is left for the entry.
     """
     token = os.urandom(8).hex().encode()
-    entry = _entry(Begin(0, token, policy, schema))
+    entry = _entry(Begin(0, token, policy, schema, int(time.time())))
     last = await streams.last_generated(client, names.log)
     if last is None:
         # Microseconds by the server's clock: larger than any run of a deleted replay of this name, so that its actors
@@ -118,7 +119,8 @@ async def begin(client: Client, names: Names, *, policy: int, schema: str, above
 
 
 def _entry(begin: Begin) -> dict[bytes, bytes]:
-    return {b"begin": begin.token, b"policy": b"%d" % begin.policy, b"schema": begin.schema.encode()}
+    entry = {b"begin": begin.token, b"policy": b"%d" % begin.policy, b"schema": begin.schema.encode()}
+    return entry if begin.begun is None else entry | {b"at": b"%d" % begin.begun}
 
 
 async def _create(client: Client, names: Names, run: int, entry: dict[bytes, bytes]) -> bool:

@@ -1,0 +1,368 @@
+"""``aionpredis watch``, and the observer behind it: true numbers, whatever happens to the replay and its servers."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from pathlib import Path
+from typing import Any
+
+import anyio
+import numpy as np
+import pytest
+import redis
+
+import aionpredis
+from aionpredis import Client
+from aionpredis.errors import AionpredisError, ServerError
+from aionpredis.replay.observer import Observer, View
+from aionpredis.server import Server
+
+from .cluster import Cluster, slot_of
+from .replays import SCHEMA, data_keys, fill, replay_of
+from .servers import free_port, make_server, until
+
+pytestmark = [pytest.mark.anyio, pytest.mark.one_loop("what it reads is read by the client, which is tested on each")]
+
+WEIGHTS = {"w": np.ones(3, np.float32)}
+
+
+@asynccontextmanager
+async def observed(url: str, name: str = "r") -> AsyncIterator[tuple[Client, Observer]]:
+    """Two clients: one to work with, and the observer's own."""
+    async with aionpredis.connect(url) as client, aionpredis.connect(url, retry_timeout=0) as other:
+        yield client, Observer(other, name)
+
+
+async def test_its_numbers_are_those_of_the_replay(url: str, stock: redis.Redis) -> None:
+    async with observed(url) as (client, observer):
+        replay = replay_of(client)
+        before = time.time()
+        run = await replay.begin_run(WEIGHTS)
+        async with replay.actor("left") as left, replay.actor("right") as right:
+            await left.join()
+            await right.join()
+            await fill(left, range(42))  # 11 chunks of 4, the last of 2; 4 episodes
+            await fill(right, range(9))
+            await left.flush()
+            await right.flush()
+            view = await observer.look()
+            assert view.run is not None
+            assert (view.run.run, view.run.policy, view.policy) == (run.run, 1, 1)
+            assert view.run.transitions == view.run.committed == await replay.count() == 51
+            assert view.run.chunks == len(data_keys(stock)) == 14
+            assert view.run.nbytes == sum(stock.strlen(key) for key in data_keys(stock))
+            assert view.run.begun is not None
+            assert before - 1 <= view.run.begun <= time.time()
+            assert {actor.name: (actor.transitions, actor.chunks, actor.episodes) for actor in view.actors} == {
+                "left": (42, 11, 4),
+                "right": (9, 3, 0),
+            }
+            assert {actor.incarnation for actor in view.actors} == {left.incarnation.hex(), right.incarnation.hex()}
+            assert {actor.seen for actor in view.actors} == {None}
+            assert view.rate is None
+
+            began = time.monotonic()
+            await anyio.sleep(0.2)
+            await fill(left, range(42, 62))
+            await left.flush()
+            view = await observer.look()
+            seconds = time.monotonic() - began
+            assert view.rate is not None
+            assert 0.5 * 20 / seconds < view.rate < 20 / 0.2
+            rates = {actor.name: actor.rate for actor in view.actors}
+            assert rates == {"left": pytest.approx(view.rate), "right": 0}
+            seen = {actor.name: actor.seen for actor in view.actors}
+            assert seen["right"] is None
+            assert seen["left"] is not None
+            assert seen["left"] < seconds
+    assert view.denied == []
+
+
+async def test_what_was_evicted_is_not_counted_as_there(url: str, stock: redis.Redis) -> None:
+    async with observed(url) as (client, observer):
+        replay = client.replay("r", SCHEMA, chunk=4, capacity=16)
+        await replay.begin_run()
+        async with replay.actor() as actor:
+            await actor.join()
+            await fill(actor, range(16))
+            await actor.flush()
+            first = await observer.look()
+            await fill(actor, range(16, 400))
+        view = await observer.look()
+        assert first.run is not None
+        assert view.run is not None
+        assert view.run.transitions == await replay.count() < 100
+        assert view.run.chunks == len(data_keys(stock))
+        assert view.run.nbytes == sum(stock.strlen(key) for key in data_keys(stock))
+        assert first.run.transitions < view.run.committed <= 400
+
+
+async def test_learners_and_groups_are_as_far_behind_as_they_say(url: str) -> None:
+    async with observed(url) as (client, observer):
+        replay = client.replay("r", SCHEMA, chunk=4, max_lag=1_000)
+        run = await replay.begin_run()
+        async with replay.actor() as actor:
+            await actor.join()
+            await fill(actor, range(40))
+        follower = await replay.follow(run, batch=4)
+        for _ in range(4):  # that a chunk was read is said when the next is asked for
+            await anext(follower)
+            await anyio.sleep(0.03)
+        consumer = await replay.consume(run, group="g", batch=4)
+        await anext(consumer)
+        view = await observer.look()
+        behind = {reader.name: reader for reader in view.readers}
+        assert behind.keys() == {"follow:0/1", "consume:g"}
+        progress = await client.execute("HGET", "{r}:read", "follow:0/1")
+        read = int(progress.split(b":")[1])
+        assert 0 < read < 10
+        assert behind["follow:0/1"].chunks_behind == 10 - read
+        assert behind["follow:0/1"].transitions_behind == 4 * (10 - read)
+        group = behind["consume:g"]
+        assert group.consumers == 1
+        assert group.pending
+        assert group.pending + group.chunks_behind == 10
+
+
+async def test_new_runs_older_ones_and_the_deleted_replay(url: str) -> None:
+    async with observed(url) as (client, observer):
+        assert (await observer.look()).run is None
+        replay = replay_of(client)
+        runs = []
+        for count in (8, 12, 20):
+            runs.append(await replay.begin_run(WEIGHTS, keep=9))
+            async with replay.actor(f"actor {count}") as actor:
+                await actor.join()
+                await fill(actor, range(count))
+            view = await observer.look()
+            assert view.run is not None
+            assert (view.run.run, view.run.transitions) == (runs[-1].run, count)
+            assert [actor.name for actor in view.actors] == [f"actor {count}"]
+        assert [(run.run, run.transitions) for run in view.older] == [(runs[1].run, 12), (runs[0].run, 8)]
+        assert view.policy == 3
+        other = Observer(client, "r")  # one that was not there meanwhile
+        assert (await other.look()).older == view.older
+
+        await replay.drop(runs[1])
+        view = await observer.look()
+        assert [run.run for run in view.older] == [runs[0].run]
+        await replay.delete()
+        assert await client.execute("EXISTS", "{r}:actors") == 0
+        view = await observer.look()
+        assert (view.run, view.older, view.actors, view.policy) == (None, [], [], 0)
+        await replay.begin_run()
+        assert (await observer.look()).run is not None
+
+
+async def test_beginning_a_run_forgets_the_names_of_actors_that_are_gone(url: str) -> None:
+    async with aionpredis.connect(url) as client:
+        replay = replay_of(client)
+        for name in ("first", "second"):
+            await replay.begin_run()
+            async with replay.actor(name) as actor:
+                await actor.join()
+                assert await client.execute("HVALS", "{r}:actors") == [name.encode()]
+
+
+async def test_every_primary_is_shown(url: str, server: Server | Cluster, stock: redis.Redis) -> None:
+    async with observed(url) as (_, observer):
+        view = await observer.look()
+    assert len(view.servers) == (3 if isinstance(server, Cluster) else 1)
+    assert len({each.url for each in view.servers}) == len(view.servers)
+    for each in view.servers:
+        assert each.used_memory > 100_000
+        assert each.clients >= 1
+        assert each.maxmemory == 0
+
+
+@pytest.mark.one_server("ACL SETUSER is for each server")
+async def test_what_the_user_may_not_look_at_is_left_out(url: str, stock: redis.Redis) -> None:
+    stock.execute_command("ACL", "SETUSER", "looker", "reset", "on", ">p", "(+xinfo|stream +xrange %R~{r}:log)")  # type: ignore[no-untyped-call]
+    try:
+        async with aionpredis.connect(url) as client:
+            replay = replay_of(client)
+            await replay.begin_run(WEIGHTS)
+            async with replay.actor() as actor:
+                await actor.join()
+                await fill(actor, range(8))
+        async with aionpredis.connect(url, username="looker", password="p", retry_timeout=0) as client:
+            view = await Observer(client, "r").look()
+            assert view.run is not None
+            assert (view.run.transitions, view.run.nbytes) == (8, None)
+            assert (view.policy, view.servers) == (0, [])
+            assert [actor.name for actor in view.actors] == [""]
+            assert len(view.denied) == 7
+            assert all("the user's ACL needs +" in reason for reason in view.denied)
+            with pytest.raises(ServerError, match="xinfo"):
+                await Observer(client, "other").look()
+    finally:
+        stock.acl_deluser("looker")
+
+
+@pytest.mark.one_server("a server that is killed")
+@pytest.mark.parametrize("kind", ["valkey", "redis"])
+async def test_it_goes_on_after_a_restart_of_the_server(kind: str, tmp_path: Path) -> None:
+    """With the same numbers if its data are there again, and those of what there is now if not."""
+    port = free_port()
+
+    async def look(observer: Observer) -> View:
+        for _ in range(500):
+            try:
+                return await observer.look()
+            except AionpredisError:
+                await anyio.sleep(0.01)
+        raise AssertionError("the observer does not find the server again")
+
+    url = f"redis://127.0.0.1:{port}"
+    with make_server(kind, port=port) as server:
+        async with observed(url) as (client, observer):
+            for count in (20, 12):  # the second server has less, under the same name
+                replay = replay_of(client)
+                await replay.begin_run(WEIGHTS)
+                async with replay.actor() as actor:
+                    await actor.join()
+                    await fill(actor, range(count))
+                for _ in range(2):
+                    view = await look(observer)
+                    assert view.run is not None
+                    assert view.run.transitions == view.run.committed == count
+                    assert sum(actor.transitions for actor in view.actors) == count
+                    await client.execute("CLIENT", "KILL", "TYPE", "normal")  # of the observer's connection, too
+                await anyio.to_thread.run_sync(server.stop)
+                with pytest.raises(AionpredisError):
+                    await observer.look()
+                await anyio.to_thread.run_sync(server.start)
+                assert (await look(observer)).run is None
+
+
+@pytest.mark.one_server("a cluster of its own")
+async def test_it_goes_on_after_a_failover(cluster: Cluster) -> None:
+    async with observed(cluster.url) as (client, observer):
+        replay = replay_of(client, lease=20.0)
+        await replay.begin_run(WEIGHTS)
+        async with replay.actor() as actor:
+            await actor.join()
+            await fill(actor, range(20))
+            await actor.flush()
+            assert (await observer.look()).run is not None
+            cluster.failover(slot_of("{r}:log"))
+            await fill(actor, range(20, 40))
+            await actor.flush()
+            with anyio.fail_after(20):
+                while True:
+                    try:
+                        view = await observer.look()
+                        break
+                    except AionpredisError:
+                        await anyio.sleep(0.05)
+        assert view.run is not None
+        assert view.run.transitions == await replay.count() == 40
+        assert len(view.servers) == 3
+
+
+# --- the command -----------------------------------------------------------------------------------------------------
+
+COMMAND = [sys.executable, "-m", "aionpredis", "watch"]
+
+
+@contextmanager
+def started(*arguments: str) -> Iterator[subprocess.Popen[str]]:
+    environment = {name: value for name, value in os.environ.items() if name != "REDIS_URL"}
+    with subprocess.Popen(
+        [*COMMAND, *arguments], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def line_of(process: subprocess.Popen[str]) -> Any:
+    assert process.stdout is not None
+    return json.loads(process.stdout.readline())
+
+
+@pytest.fixture(scope="module")
+def own_server() -> Iterator[Server]:
+    with make_server("valkey", port=free_port()) as server:
+        yield server
+
+
+@pytest.mark.one_server("the command")
+def test_json_is_a_line_for_each_look_and_ctrl_c_is_a_clean_end() -> None:
+    with make_server("valkey", port=free_port()) as server:
+        url = f"redis://127.0.0.1:{server.port}"
+        with started("r", "--url", url, "--json", "--interval", "0.05") as process:
+            assert line_of(process)["run"] is None
+            with redis.Redis.from_url(url) as stock:
+                stock.xadd("{r}:log", {"begin": "t", "policy": "0", "schema": "s"}, id="7-0")
+            until(lambda: (line_of(process)["run"] or {}).get("run") == 7, "the run is shown")
+            server.stop()
+            until(lambda: "error" in line_of(process), "the fault is shown")
+            server.start()
+            until(lambda: "error" not in line_of(process), "it goes on")
+            process.send_signal(signal.SIGINT)
+            _, errors = process.communicate(timeout=20)
+            assert (process.returncode, errors) == (0, "")
+
+
+@pytest.mark.one_server("the command")
+def test_live_picture_and_what_happens_to_the_server_meanwhile(own_server: Server) -> None:
+    """On a terminal. The alternate screen is left at the end, and the cursor is there again."""
+    ours, theirs = pty.openpty()
+    environment = os.environ | {"TERM": "xterm-256color", "COLUMNS": "80", "LINES": "24"}
+    arguments = ["r", "--url", own_server.url, "--interval", "0.1"]
+    with subprocess.Popen(
+        [*COMMAND, *arguments], env=environment, stdout=theirs, stderr=theirs, stdin=theirs
+    ) as process:
+        os.close(theirs)
+        output = b""
+        while b"calls/s" not in output:
+            output += os.read(ours, 65536)
+        process.send_signal(signal.SIGINT)
+        try:
+            while part := os.read(ours, 65536):
+                output += part
+        except OSError:  # the other end is closed
+            pass
+        assert process.wait(20) == 0
+    os.close(ours)
+    assert b"no run: it was deleted, or no trainer has begun one yet" in output
+    assert b"\x1b[?1049h" in output
+    assert output.index(b"\x1b[?1049l") > output.index(b"\x1b[?1049h")
+    assert b"\x1b[?25h" in output
+
+
+@pytest.mark.one_server("the command")
+@pytest.mark.parametrize(
+    ("arguments", "code", "says"),
+    [
+        (["r"], 2, "which server? --url"),
+        (["a name", "--url", "{url}"], 1, "a name has 1 to 128 of"),
+        (["r", "--url", "redis://127.0.0.1:1"], 1, "no connection to redis://127.0.0.1:1"),
+    ],
+)
+def test_errors_are_a_line_on_stderr(own_server: Server, arguments: list[str], code: int, says: str) -> None:
+    with started(*(argument.format(url=own_server.url) for argument in arguments)) as process:
+        output, errors = process.communicate(timeout=20)
+    assert (process.returncode, output) == (code, "")
+    assert says in errors
+    assert errors.count("\n") == 1
+
+
+@pytest.mark.one_server("the command")
+def test_a_single_look_has_no_control_codes(own_server: Server) -> None:
+    with started("r", "--url", own_server.url, "--once") as process:
+        output, errors = process.communicate(timeout=20)
+    assert (process.returncode, errors) == (0, "")
+    assert "no run" in output
+    assert own_server.url[-16:] in output
+    assert "\x1b" not in output
