@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from aionpredis.errors import UsageError
 from aionpredis.memory import ALIGNMENT, REFERENCES_ARE_COUNTED, Recycler, aligned_empty
 
 
@@ -50,3 +52,40 @@ def test_memory_that_nobody_refers_to_is_handed_out_again() -> None:
         view = memory.view(np.int64)
         del memory, view
     assert len(places) == 1
+
+
+def test_foreign_memory_is_recycled_by_the_same_rule() -> None:
+    """The array may lie in anything, such as a tensor: NumPy's base of it is no array then."""
+    made = []
+
+    def empty(nbytes: int) -> NDArray[np.uint8]:
+        block = mmap.mmap(-1, nbytes)
+        made.append(block)
+        return np.frombuffer(block, np.uint8)
+
+    recycler = Recycler(4096, empty)
+    held = recycler.take()[8:16].view(np.int64)
+    others = [recycler.take() for _ in range(3)]
+    assert len(made) == 4
+    assert not any(np.may_share_memory(held, other) for other in others)
+    del others, held
+    if REFERENCES_ARE_COUNTED:
+        for _ in range(10):
+            recycler.take()
+        assert len(made) == 4
+
+
+@pytest.mark.parametrize(
+    "empty",
+    [
+        lambda nbytes: bytearray(nbytes),
+        lambda nbytes: np.empty(nbytes + 1, np.uint8),
+        lambda nbytes: np.empty(nbytes, np.int8),
+        lambda nbytes: np.broadcast_to(np.uint8(0), nbytes),
+        lambda nbytes: np.empty(2 * nbytes, np.uint8)[::2],
+        lambda nbytes: aligned_empty(nbytes + 1)[1:],
+    ],
+)
+def test_memory_that_cannot_be_received_into_is_refused(empty: Any) -> None:
+    with pytest.raises(UsageError, match=r"empty\(1024\)"):
+        Recycler(1024, empty).take()

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from aionpredis.errors import ReplayGone, ServerFull, UsageError
+from aionpredis.memory import Empty, aligned_empty
 from aionpredis.names import check_name
 from aionpredis.policy import Policy
 from aionpredis.replay import checkpoint, runs
@@ -85,6 +86,9 @@ class Replay:
     ``replicas``: actors acknowledge a transition when so many replicas of each primary server have it, too (command ``WAIT``,
     over connections of each actor's own): then a failover loses nothing of it. 0: when the primary has it.
 
+    ``empty``: makes the memory that batches are received into, ``empty(nbytes)`` as uint8, shape ``(nbytes,)``; for example
+    pinned, for a GPU: :func:`aionpredis.frameworks.torch.pinned_empty`. It is used again once nobody refers to it.
+
     The server must not evict keys by itself (``maxmemory-policy noeviction``): see :meth:`begin_run`.
     """
 
@@ -99,6 +103,7 @@ class Replay:
         capacity: int | None = None,
         max_lag: int | None = None,
         replicas: int = 0,
+        empty: Empty = aligned_empty,
     ) -> None:
         if not isinstance(schema, Schema):
             raise UsageError(f"the schema of a replay is an aionpredis.Schema, not {type(schema).__name__}")
@@ -122,6 +127,7 @@ class Replay:
         self._capacity = -(-(capacity or 0) // chunk)  # in chunks
         self._max_lag = -(-(max_lag or 0) // chunk)
         self._replicas = None if type(replicas) is int and replicas == 0 else Replicas(client, replicas)
+        self._empty = empty
         self._beginning: runs.Beginning | None = None  # of the run that was begun here
 
     @property
@@ -408,6 +414,7 @@ class Replay:
             samples_per_insert=samples_per_insert,
             tolerance=tolerance,
             seed=seed,
+            empty=self._empty,
         )
 
     def _batches(
@@ -420,7 +427,18 @@ class Replay:
         after: Position | None = None,
     ) -> Batches:
         _check_count("batch", batch)
-        return Batches(self._client, self._names, self.schema, log, source, batch, drop_last, progress, after)
+        return Batches(
+            self._client,
+            self._names,
+            self.schema,
+            log,
+            source,
+            batch,
+            drop_last,
+            progress,
+            after,
+            empty=self._empty,
+        )
 
     def _log(self, run: int, shard: tuple[int, int] = (0, 1), after: Position | None = None) -> LogReader:
         mine = self._beginning is not None and self._beginning.begin.run == run

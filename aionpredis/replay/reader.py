@@ -19,7 +19,7 @@ from aionpredis import codecs
 from aionpredis.errors import AionpredisError, ServerError, UsageError
 from aionpredis.formats import safetensors
 from aionpredis.formats.safetensors import Layout
-from aionpredis.memory import Recycler
+from aionpredis.memory import Empty, Recycler, aligned_empty
 from aionpredis.pipeline import Pipeline, slices
 from aionpredis.replay.chunk import open_chunk
 from aionpredis.replay.group import GroupSource
@@ -187,13 +187,13 @@ class DrawSource:
 class _Batch:
     """Arrays that are being filled: ``filled`` rows are spoken for, ``pending`` chunks are still travelling."""
 
-    def __init__(self, schema: Schema, size: int, recyclers: dict[str, Recycler]) -> None:
+    def __init__(self, schema: Schema, size: int, recyclers: dict[str, Recycler], empty: Empty = aligned_empty) -> None:
         self.arrays: Arrays = {}
         self.rows: dict[str, tuple[memoryview, int]] = {}  # memory, bytes a row
         for name, (dtype, shape) in schema.items():
             row = dtype.itemsize * math.prod(shape)
             if name not in recyclers:
-                recyclers[name] = Recycler(size * row)
+                recyclers[name] = Recycler(size * row, empty)
             memory = recyclers[name].take()
             self.arrays[name] = memory.view(dtype).reshape(size, *shape) if row else np.empty((size, *shape), dtype)
             self.rows[name] = memory.data, row
@@ -264,6 +264,8 @@ class Batches:
         drop_last: bool,
         progress: Progress | None = None,
         after: Position | None = None,
+        *,
+        empty: Empty,
     ) -> None:
         self.stats = ReadStats()
         self._client = client
@@ -280,6 +282,7 @@ class Batches:
         self._pipeline: Pipeline[list[_Wanted]] = Pipeline(client, immutable=True)
         self._arrived: deque[tuple[_Wanted, NDArray[np.uint8] | None]] = deque()  # have to be placed yet
         self._batches: deque[_Batch] = deque()
+        self._empty = empty
         self._recyclers: dict[str, Recycler] = {}  # by column
         self._layouts: dict[int, Layout] = {}  # by rows: what chunks of that length look like
         self._patterns: dict[tuple[tuple[int, ...], ...], Pattern] = {}  # by rows and cuts of a group's chunks
@@ -403,7 +406,7 @@ class Batches:
             wanted.places.append(_Place(_Batch(self._schema, row, {}), 0, 0, row))
         while row < chunk.rows:
             if not self._batches or self._batches[-1].filled == self._size:
-                self._batches.append(_Batch(self._schema, self._size, self._recyclers))
+                self._batches.append(_Batch(self._schema, self._size, self._recyclers, self._empty))
             batch = self._batches[-1]
             count = min(chunk.rows - row, self._size - batch.filled)
             wanted.places.append(_Place(batch, batch.filled, row, row + count))

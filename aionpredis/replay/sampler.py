@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from aionpredis.errors import RunEnded, UsageError
-from aionpredis.memory import Recycler
+from aionpredis.memory import Empty, Recycler
 from aionpredis.replay.fetch import Arrays, Fetcher
 from aionpredis.replay.index import Ids, Index
 from aionpredis.replay.lag import Progress
@@ -99,6 +99,7 @@ class Sampler:
         samples_per_insert: float,
         tolerance: float,
         seed: int | None,
+        empty: Empty,
     ) -> None:
         self._client = client
         self._schema = schema
@@ -120,6 +121,7 @@ class Sampler:
         self._found: list[ChunkId] = []  # by a reading of the log that was cancelled between its pages
         self._times: dict[int, int] = {}
         self._fetcher = Fetcher(client, names, schema, log.run, self._index)
+        self._empty = empty
         self._recyclers: dict[tuple[str, int], Recycler] = {}
         self._looked = -math.inf
         self._stats = SampleStats()
@@ -364,7 +366,7 @@ class Sampler:
     def _array(self, key: str, name: str, rows: int) -> NDArray[Any]:
         dtype, shape = self._schema[name]
         size = rows * dtype.itemsize * math.prod(shape)
-        recycler = self._recyclers.setdefault((key, size), Recycler(size))
+        recycler = self._recyclers.setdefault((key, size), Recycler(size, self._empty))
         return recycler.take().view(dtype).reshape(rows, *shape) if size else np.empty((rows, *shape), dtype)
 
     async def _receive(self, ids: Ids, out: Arrays, rows: Ids) -> NDArray[np.bool_]:
