@@ -518,9 +518,11 @@ class Client:
         reply = await self.request(lambda: (resp.encode(*arguments), Reply()), key, repeatable=repeatable, retry=retry)
         return self._raise(reply.values[0], *arguments)
 
-    async def call_many(self, commands: Sequence[Sequence[Any]], *, repeatable: bool = False) -> list[Any]:
+    async def call_many(
+        self, commands: Sequence[Sequence[Any]], *, repeatable: bool = False, retry: Retry | None = None
+    ) -> list[Any]:
         """Several commands, those of a shard as one request, those of all shards at once; their replies in the order of the
-        commands, :class:`ServerError` instances among them.
+        commands, :class:`ServerError` instances among them. ``retry``: see :meth:`request`.
         """
         keys = [key_bytes(key_of(command) or b"") for command in commands]
         replies: list[Any] = [None] * len(commands)
@@ -530,7 +532,7 @@ class Client:
             buffers = [buffer for number in numbers for buffer in resp.encode(*commands[number])]
             try:
                 reply = await self.request(
-                    lambda: (buffers, Reply(len(numbers))), keys[numbers[0]], repeatable=repeatable
+                    lambda: (buffers, Reply(len(numbers))), keys[numbers[0]], repeatable=repeatable, retry=retry
                 )
             except AionpredisError as error:
                 failures.append(error)

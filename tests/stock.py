@@ -55,6 +55,6 @@ def stock_of(server: Server | Cluster) -> Iterator[Any]:
         with redis.Redis.from_url(server.url, socket_timeout=30) as client:
             yield client
     else:
-        node = server.nodes[0]
+        node = next(node for node in server.nodes if node.answers)
         with RedisCluster(host=node.address, port=node.port, socket_timeout=30) as client:
             yield _Everywhere(client)

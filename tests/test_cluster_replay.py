@@ -18,7 +18,8 @@ from aionpredis import Batches, Client, NotReplicated, Replay, Run, UsageError
 
 from .cluster import Cluster, slot_of
 from .nodes import Node, wait
-from .replays import SCHEMA
+from .replays import SCHEMA, unnamed_without_ttl
+from .stock import stock_of
 
 pytestmark = [pytest.mark.anyio, pytest.mark.timeout(90), pytest.mark.one_loop("they wait for failovers")]
 
@@ -43,10 +44,12 @@ class World:
         self.run: Run
         self.appended = [0] * ACTORS
         self.acknowledged = 0
+        self.incarnations = [b""] * ACTORS
         self.followed: list[int] = []
         self.follower: Batches
         self.samples = 0
         self.lost = 0
+        self.lost_keys: set[str] = set()
         self._replicas = replicas
         self._stop = anyio.Event()
         self._all_appended = anyio.Event()
@@ -67,6 +70,7 @@ class World:
         async with aionpredis.connect(self.cluster.url) as client:
             async with self.replay_of(client, self._replicas).actor() as actor:
                 await actor.join()
+                self.incarnations[number] = actor.incarnation
                 while not self._stop.is_set() or self.appended[number] % 4:
                     uid = number * EACH + self.appended[number]
                     await actor.append(state=np.full(3, uid % 256, np.uint8), uid=uid, terminated=uid % 10 == 9)
@@ -92,6 +96,11 @@ class World:
                 assert (columns["state"] == (columns["uid"] % 256)[:, None]).all()
                 self.samples += 1
                 await anyio.sleep(0.005)
+
+    def key(self, uid: int) -> str:
+        """Of its chunk."""
+        number, index = divmod(uid, EACH)
+        return f"r:{self.run.run}:{self.incarnations[number].hex()}:{index // 4}"
 
     async def end(self) -> None:
         """Everybody stops; what was appended is committed."""
@@ -129,6 +138,7 @@ async def world(cluster: Cluster, replicas: int = 0) -> AsyncIterator[World]:
                 appended = {number * EACH + index for number in range(ACTORS) for index in range(here.appended[number])}
                 assert {*found} <= appended
                 assert len(found) + here.lost == here.acknowledged == len(appended)
+                here.lost_keys = {here.key(uid) for uid in appended - {*found}}
                 # The follower may have read what was lost afterwards.
                 await here.replay.begin_run(keep=2)
             assert len(here.followed) == len({*here.followed})
@@ -180,11 +190,15 @@ PLANNED: dict[str, Fault] = {
 
 @pytest.mark.parametrize("who", KILLED)
 async def test_what_a_killed_primary_has_lost_is_counted(cluster: Cluster, who: str) -> None:
-    """And nothing is read twice, or after it was lost."""
+    """And nothing is read twice, or after it was lost. Only what lay on that server is; nothing else is forgotten."""
     async with world(cluster) as here:
+        before = {*cluster.primaries()}
         await anyio.to_thread.run_sync(KILLED[who], cluster)
         await here.go_on()
     assert here.lost or "behind" not in who
+    assert {cluster.owner(slot_of(key)) for key in here.lost_keys} <= {*cluster.primaries()} - before
+    with stock_of(cluster) as stock:
+        assert not unnamed_without_ttl(stock)
 
 
 @pytest.mark.parametrize("what", PLANNED)

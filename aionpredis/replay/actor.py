@@ -238,6 +238,7 @@ class Actor:
         self._committer.reset()
         fruitless = 0
         while True:
+            await self._committer.restore()
             begin = await runs.latest(self._client, self._names)
             if begin is not None and (self._last is None or begin.token != self._last.token):
                 break
@@ -378,5 +379,7 @@ class Actor:
         self._commit_current()
         while self._committer.busy:
             await self._committer.progress()
+        if not self._committer.over:
+            await self._committer.restore()
         self._check()
         self._begin_chunk()

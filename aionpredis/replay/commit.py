@@ -14,6 +14,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -32,6 +33,7 @@ from aionpredis.errors import (
 )
 from aionpredis.replay import runs
 from aionpredis.replay.chunk import ChunkBuffer
+from aionpredis.replay.entries import ABSENT, LastEntries
 from aionpredis.replay.log import FIELD, ChunkId, Names, pack
 from aionpredis.retry import Retry
 from aionpredis.wire import resp
@@ -54,8 +56,8 @@ many actors one does, and if it dies the next one. It costs three round trips.""
 EVICT_SECONDS = 2.0
 """For an eviction. What one does not finish, the next one does."""
 
-PERSISTENT, ABSENT = -1, -2
-"""What ``PTTL`` says of a key without a time to live, and of none."""
+PERSISTENT = -1
+"""What ``PTTL`` says of a key without a time to live."""
 
 
 class _Step(enum.Enum):
@@ -118,6 +120,7 @@ class _Round(NamedTuple):
     buffers: list[Buffer]
     reply: Reply
     over: set[Connection]  # it was sent, as far as replicas are waited for and not known to have it
+    changes: int  # ``Faults.changes`` when it was sent
 
 
 class _Lane:
@@ -190,6 +193,8 @@ class Committer:
         self._log = names.log.encode()
         self._lease = lease
         self._lease_ms = b"%d" % round(lease * 1000)
+        self._faults = client.faults
+        self._last = LastEntries(client, names, self._lease_ms)
         self._capacity = capacity
         self._replicas = replicas
         self._evict_every = max(1, min(MAX_SURPLUS, capacity // 8))
@@ -222,7 +227,7 @@ class Committer:
 
     @property
     def _doubtful(self) -> bool:
-        return self.beginning is not None and self.beginning.doubtful
+        return self._last.doubtful or (self.beginning is not None and self.beginning.doubtful)
 
     def reset(self) -> None:
         """Commit again, to another run, or in spite of a failure."""
@@ -241,6 +246,15 @@ class Committer:
         connection = lane.connection
         if connection is not None and connection.lost is None and not (self._doubtful or lane.pauses):
             self._submit(lane, connection)
+
+    async def restore(self) -> None:
+        """Add what a failover may have taken from the log again, while nothing else is on its way that would lead to that.
+
+        A full server is no error here: it is tried again with the next chunk.
+        """
+        if self._last.doubtful and self.beginning is not None:
+            with suppress(ServerFull):
+                await self._last.restore(ended=not await self.beginning.confirm())
 
     async def progress(self) -> None:
         """Wait until at least one chunk was settled."""
@@ -275,6 +289,10 @@ class Committer:
                         if not await self.beginning.confirm(lane.retry):
                             self.ended = True
                             self._give_up()
+                        continue
+                    if self._last.doubtful and any(commit.step is _Step.LOG for commit in lane.backlog):
+                        # First, so that the log has an actor's chunks in order.
+                        await self._last.restore(retry=lane.retry)
                         continue
                     # What is small waits while something travels, and goes with the next chunk: an actor that appends
                     # without a pause fills that now.
@@ -464,7 +482,8 @@ class Committer:
         over = set()
         if self._replicas is not None and any(commit.step in _REPLICATED for commit in commits):
             over.add(connection)
-        lane.rounds.append(_Round(commits, buffers, connection.submit(buffers, Reply(len(commits))), over))
+        reply = connection.submit(buffers, Reply(len(commits)))
+        lane.rounds.append(_Round(commits, buffers, reply, over, self._faults.changes))
         lane.backlog = []
 
     def _command(self, commit: _Commit) -> list[Buffer]:
@@ -496,7 +515,7 @@ class Committer:
 
     def _take_round(self, lane: _Lane) -> None:
         """Take the replies to the oldest round; raises the first that is an error, after all were taken."""
-        commits, _, reply, _ = lane.rounds[0]
+        commits, _, reply, _, changes = lane.rounds[0]
         if reply.error is not None:
             raise copy.copy(reply.error)
         lane.rounds.popleft()
@@ -515,6 +534,7 @@ class Committer:
                     self._next_turns()
                 self._queue(commit, commit.step)
                 failure = failure or partial(value.about, commit.step.value, about)
+        self._last.sent(changes)
         if failure is not None:
             raise failure()
 
@@ -540,6 +560,7 @@ class Committer:
                 if self._capacity and entry > self._capacity and entry % self._evict_every == 0:
                     self._evict = commit.run, entry - self._capacity
                 commit.repeated = True
+                self._last.add(commit.run, commit.packed, entry)
                 self._queue(commit, _Step.KEEP)
             case _Step.KEEP if value:
                 self._settle(commit, committed=True)
