@@ -76,6 +76,9 @@ T = TypeVar("T")
 MAX_INFLIGHT = 64 << 20
 """Bytes that a writer holds unless it is told otherwise."""
 
+SCAN_KEYS = 1000
+"""Keys that a server looks at for one page: ~0.3 ms of its time, during which nobody else is answered."""
+
 
 class Client:
     """Connections to a server or to a cluster, to be used with ``async with``; made by :func:`connect`.
@@ -455,18 +458,23 @@ class Client:
         """Names of the keys that match a pattern (``SCAN``, of each primary of a cluster), for ``async for``.
 
         A key that is there all the time comes at least once, and may come twice; one that comes or goes meanwhile may not. The
-        server looks at all of its keys, 1,000 at a time.
+        server looks at all of its keys, a thousand at a time.
 
         Raises:
             ServerError: the server refused it.
         """
+        async for page in self.scan_pages(pattern):
+            for name in page:
+                yield name
+
+    async def scan_pages(self, pattern: str | bytes = "*") -> AsyncIterator[list[bytes]]:
+        """As :meth:`scan`, as the server gives them: page by page, some of them empty."""
         for shard in self.topology.each():
             cursor: bytes | int = 0
             while cursor != b"0":
-                scan = "SCAN", cursor, "MATCH", key_bytes(pattern), "COUNT", 1000
+                scan = "SCAN", cursor, "MATCH", key_bytes(pattern), "COUNT", SCAN_KEYS
                 cursor, names = await self.call(*scan, repeatable=True, key=shard)
-                for name in names:
-                    yield name
+                yield names
 
     async def count_keys(self, command: str, keys: Iterable[Key], *, repeatable: bool = False) -> int:
         """The sum of what a command that takes any number of keys says of these, all shards at once."""

@@ -267,10 +267,10 @@ class Policy:
                 raise length.about("STRLEN", key)
         return int(sum(lengths)) * MAX_RATIO  # they may be compressed
 
-    async def delete(self) -> None:
-        """Delete all versions. Who publishes afterwards begins with version 1 again."""
+    async def delete(self) -> int:
+        """Delete all versions; how many keys these were. Who publishes afterwards begins with version 1 again."""
         versions = await streams.page(self._client, self._stream, "-", "+")
-        await self._client.count_keys("UNLINK", [*self._keys(versions), self._stream], repeatable=True)
+        return await self._client.count_keys("UNLINK", [*self._keys(versions), self._stream], repeatable=True)
 
     def watch(self, after: int = 0) -> PolicyWatch:
         """``async for version, weights in policy.watch():`` each time the newest version to date, as it appears.

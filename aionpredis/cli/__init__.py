@@ -16,7 +16,11 @@ except ModuleNotFoundError as missing:
     raise SystemExit(2) from None
 
 from aionpredis.cli.checkpoint import restore, save
+from aionpredis.cli.delete import delete
 from aionpredis.cli.demo import demo
+from aionpredis.cli.files import get, put
+from aionpredis.cli.ls import ls
+from aionpredis.cli.show import show
 from aionpredis.cli.watch import watch
 
 __all__ = ["app", "main"]
@@ -27,7 +31,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-for command in (demo, save, restore, watch):
+for command in (demo, ls, show, get, put, watch, delete, save, restore):
     app.command()(command)
 
 

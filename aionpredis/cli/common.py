@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import sys
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
 
@@ -22,7 +22,19 @@ if TYPE_CHECKING:
 
     from aionpredis.client import Client
 
-__all__ = ["AsJson", "Url", "console", "fail", "need", "print_json", "progress", "said", "until_done", "with_client"]
+__all__ = [
+    "AsJson",
+    "Url",
+    "console",
+    "fail",
+    "need",
+    "print_json",
+    "print_table",
+    "progress",
+    "said",
+    "until_done",
+    "with_client",
+]
 
 T = TypeVar("T")
 
@@ -109,6 +121,29 @@ def console() -> Console:
     from rich.console import Console
 
     return Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 10_000)
+
+
+def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Rows of text on stdout and an empty line, or nothing if there is no row; ``>size``: numbers, to the right.
+
+    Not rich's table, which takes 1 ms for a row: 95 s for 100,000 keys instead of 1.
+    """
+    from rich.cells import cell_len
+
+    if not rows:
+        return
+    widths = [max(map(cell_len, (name.lstrip(">"), *cells))) for name, *cells in zip(columns, *rows, strict=True)]
+
+    def line(cells: Iterable[str]) -> str:
+        padded = []
+        for name, cell, width in zip(columns, cells, widths, strict=True):
+            room = " " * (width - cell_len(cell))
+            padded.append(room + cell if name.startswith(">") else cell + room)
+        return "  ".join(padded).rstrip()
+
+    console().print(line(name.lstrip(">") for name in columns), style="bold", soft_wrap=True)
+    sys.stdout.writelines(f"{line(row)}\n" for row in rows)
+    print()
 
 
 def print_json(facts: Any, *, indent: int | None = 2) -> None:

@@ -98,20 +98,24 @@ def resolve(codec: str | Codec | None) -> Codec | None:
     return codec
 
 
-def detect(value: memoryview) -> Kind | Codec:
-    """What ``value`` (one-dimensional, ``'B'``) begins like; :class:`NotAnArray` if like nothing known."""
+def detect(value: memoryview, length: int | None = None) -> Kind | Codec:
+    """What ``value`` (one-dimensional, ``'B'``) begins like; :class:`NotAnArray` if like nothing known.
+
+    ``length``: bytes of the whole value, if these are only the first ones, :data:`MAX_MAGIC` of them or more.
+    """
     head = value[:MAX_MAGIC].tobytes()
     if head.startswith(npy.MAGIC):
         return Kind.ARRAY
     for codec in _codecs.values():
         if head.startswith(codec.magic):
             return codec
-    if safetensors.looks_like(value):
+    if safetensors.looks_like(value, length):
         return Kind.RECORD
+    size = len(value) if length is None else length
     kinds = ", ".join(_codecs)
     pickle = ", a pickle, it seems" if PICKLE.match(head) else ""
     raise NotAnArray(
-        f"{len(value)} bytes that are no .npy, .safetensors or {kinds} file: {head!r}{pickle}; "
+        f"{size} bytes that are no .npy, .safetensors or {kinds} file: {head!r}{pickle}; "
         "get_value() gives them, docs/migrating.md helps"
     )
 

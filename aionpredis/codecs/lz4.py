@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from ..errors import CorruptValue, DecodeError, UsageError
 from ..memory import aligned_empty
 
-__all__ = ["Lz4"]
+__all__ = ["Lz4", "peek"]
 
 PIECE = 1 << 20
 """Bytes handed to the library at once. Decompressing 16 MB in pieces of 1 MB is twice as fast as in one."""
@@ -94,6 +94,71 @@ def _inflate(library: Any, value: memoryview, size: int) -> memoryview:
     if not ended or done != size or read != len(value):
         raise CorruptValue(f"the lz4 frame of {len(value)} bytes is not exactly {size} bytes, compressed, and its end")
     return target
+
+
+def peek(value: memoryview, count: int) -> tuple[int, bytes]:
+    """The size that a frame says its content has, and the first ``count`` bytes of that, or as many as are in ``value``:
+    the frame's beginning, or all of it.
+
+    The library expands whole blocks only, of up to 4 MB. This needs no more of the frame than what is asked for, and no
+    library. It takes ~1 µs for each run of bytes that were found to be repeated.
+
+    Raises :class:`CorruptValue` for what cannot be the beginning of a frame that says its size.
+    """
+    flags = value[4] if len(value) >= 15 else 0
+    if value[:4] != Lz4.magic or flags & 0xC8 != 0x48:  # version 1, with the content's size
+        raise CorruptValue("no lz4 frame that says how much it holds")
+    at = 15 + 4 * (flags & 1)  # magic, flags, sizes, the number of a dictionary, checksum
+    content = bytearray()
+    while len(content) < count and at + 4 <= len(value):
+        word = int.from_bytes(value[at : at + 4], "little")
+        size = word & 0x7FFF_FFFF
+        if not size:
+            break
+        block = value[at + 4 : at + 4 + size]
+        at += 4 + size + (4 if flags & 0x10 else 0)  # a checksum of each block
+        if word > size:  # stored as it is
+            content += block[: count - len(content)]
+        else:
+            _expand(block, content, count)
+    return int.from_bytes(value[6:14], "little"), bytes(content)
+
+
+def _expand(block: memoryview, content: bytearray, count: int) -> None:
+    """Append what a block, or its beginning, expands to, until there are ``count`` bytes
+    (https://github.com/lz4/lz4/blob/dev/doc/lz4_Block_format.md).
+    """
+    at = 0
+
+    def length(nibble: int) -> int:
+        nonlocal at
+        size = nibble
+        while nibble == 15:
+            at += 1
+            size += block[at - 1]
+            if block[at - 1] != 255:
+                break
+        return size
+
+    try:
+        while len(content) < count:
+            token = block[at]
+            at += 1
+            size = length(token >> 4)
+            content += block[at : at + min(size, count - len(content))]
+            at += size
+            if len(content) == count:
+                return
+            back = block[at] | block[at + 1] << 8
+            at += 2
+            size = min(length(token & 15) + 4, count - len(content))
+            if not 0 < back <= len(content):
+                raise CorruptValue(
+                    f"the lz4 frame is damaged: it repeats what is {back} bytes before byte {len(content)}"
+                )
+            content += (content[-back:] * (size // back + 1))[:size]
+    except IndexError:  # the end of what is there of the block
+        pass
 
 
 def _library() -> Any:

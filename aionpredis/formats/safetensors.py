@@ -209,10 +209,13 @@ def encode(record: Mapping[str, object]) -> tuple[bytes, list[memoryview]]:
     return made.header, views
 
 
-def looks_like(value: memoryview) -> bool:
-    """Whether ``value`` begins like a ``.safetensors`` file: a length that fits, then ``{``."""
-    size = len(value) - 8
-    return size > 0 and value[8] == 0x7B and int.from_bytes(value[:8], "little") <= min(size, MAX_HEADER)
+def looks_like(value: memoryview, length: int | None = None) -> bool:
+    """Whether ``value`` begins like a ``.safetensors`` file: a header's length that fits, then ``{``.
+
+    ``length``: bytes of the whole file, if ``value`` is only the first ones of it.
+    """
+    size = (len(value) if length is None else length) - 8
+    return len(value) > 8 and value[8] == 0x7B and int.from_bytes(value[:8], "little") <= min(size, MAX_HEADER)
 
 
 def parse(value: memoryview) -> Layout:

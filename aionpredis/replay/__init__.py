@@ -206,11 +206,7 @@ class Replay:
         From its first step on the server refuses every commit. Actors get :class:`ReplayGone` or :class:`RunEnded`; one
         that calls ``join()`` then waits until a trainer begins a replay of this name anew.
         """
-        await runs.close(self._client, self._names)
-        await runs.delete_below(self._client, self._names, runs.CLOSED)
-        await self.policy.delete()
-        names = self._names
-        await self._client.call("UNLINK", names.log, names.read, names.actors, repeatable=True)
+        await runs.delete(self._client, self._names)
 
     async def leftover_keys(self, before: int | Run) -> list[bytes]:
         """Data keys of runs before this one that are still there. Of deleted runs there is none after one lease.

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 from aionpredis import streams
 from aionpredis.errors import CorruptValue, ReplayError, ReplayGone, RunConflict, ServerError
+from aionpredis.policy import Policy
 from aionpredis.replay.log import FIELD, Begin, Names, parse_begin, unpack
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ __all__ = [
     "begin",
     "check_eviction",
     "close",
+    "delete",
     "delete_below",
     "delete_oldest",
     "drop",
@@ -169,17 +171,30 @@ async def close(client: Client, names: Names) -> None:
             raise
 
 
-async def delete_below(client: Client, names: Names, run: int) -> int:
+async def delete_below(client: Client, names: Names, run: int, progress: Callable[[int], None] | None = None) -> int:
     """Delete the data and the log entries of all runs before ``run``; how many chunks were deleted.
 
-    The data first, page by page, then the entries that name it: after a crash, whoever calls next finishes.
+    The data first, page by page, then the entries that name it: after a crash, whoever calls next finishes. ``progress``:
+    is told of each page how many chunks were deleted.
     """
     deleted = 0
     while entries := await streams.page(client, names.log, "-", f"({run}-0", UNLINK_KEYS):
-        deleted += await _unlink(client, names, entries)
+        count = await _unlink(client, names, entries)
+        deleted += count
+        if progress is not None:
+            progress(count)
         left, right = entries[-1][0]
         await client.call("XTRIM", names.log, "MINID", f"{left}-{right + 1}", repeatable=True)
     return deleted
+
+
+async def delete(client: Client, names: Names, progress: Callable[[int], None] | None = None) -> None:
+    """What :meth:`aionpredis.Replay.delete` does; ``progress``: is told how many keys more were deleted."""
+    progress = progress or (lambda count: None)
+    await close(client, names)
+    await delete_below(client, names, CLOSED, progress)
+    progress(await Policy(client, names.name).delete())
+    progress(await client.count_keys("UNLINK", [names.log, names.read, names.actors], repeatable=True))
 
 
 async def drop(client: Client, names: Names, run: int) -> int:

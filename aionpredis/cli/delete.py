@@ -1,0 +1,108 @@
+"""``aionpredis delete``: keys, and whole replays."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from aionpredis.cli.common import AsJson, Url, fail, need, print_json, progress, with_client
+
+if TYPE_CHECKING:
+    from aionpredis.cli.survey import Survey
+    from aionpredis.client import Client
+    from aionpredis.replay.keys import Owned
+
+__all__ = ["delete"]
+
+
+def delete(
+    patterns: Annotated[list[str], typer.Argument(help="Of keys and names of replays, as ls takes them.")],
+    url: Url = None,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Delete keys, and replays with their policies: all that `ls` lists for these patterns.
+
+    A replay's actors are refused from the first step on. After Ctrl-C the same command goes on where it was.
+    """
+    need("rich")
+    from aionpredis.cli.survey import Pattern, Survey
+
+    survey = Survey(Pattern(*patterns))
+    deleted = {"keys": 0, "replays": 0, "policies": 0}
+
+    async def look(client: Client) -> None:
+        with progress("scanning") as report:
+            await survey.run(client, report)
+
+    async def work(client: Client) -> None:
+        await _delete(client, survey, deleted)
+
+    with_client(url, look)
+    found = _found(survey)
+    if found and not yes:
+        if not sys.stdin.isatty():
+            fail(f"this would delete {found}: --yes", 2)
+        if not typer.confirm(f"Delete {found}?", err=True):
+            fail("nothing was deleted")
+    started = time.monotonic()
+    if found:
+        with_client(url, work, interrupted=lambda: f"{deleted['keys']:,} keys were deleted")
+    seconds = round(time.monotonic() - started, 3)
+    if as_json:
+        print_json(deleted | {"bytes": survey.total_stored, "seconds": seconds})
+    elif not found:
+        print("no keys")
+    else:
+        print(f"deleted {found}: {deleted['keys']:,} keys in {seconds} s")
+
+
+def _found(survey: Survey) -> str:
+    """What would be deleted, in words; empty: nothing."""
+    from rich.filesize import decimal
+
+    parts = [
+        f"the {group.kind} {group.name}" + (f" ({group.chunks:,} chunks)" if group.kind == "replay" else "")
+        for group in sorted(survey.groups.values(), key=lambda group: group.name)
+    ]
+    if len(parts) > 5:
+        parts[4:] = [f"{len(parts) - 4:,} more replays and policies"]
+    if survey.keys:
+        foreign = f" ({survey.foreign:,} of them neither arrays nor records)" if survey.foreign else ""
+        parts.append(f"{survey.keys:,} keys{foreign}")
+    return f"{' and '.join(parts)}, {decimal(survey.total_stored)}" if parts else ""
+
+
+async def _delete(client: Client, survey: Survey, deleted: dict[str, int]) -> None:
+    """Replays first, each fenced before its data goes; then whatever matches, page by page."""
+    from aionpredis.replay import runs
+    from aionpredis.replay.log import Names
+
+    total = survey.keys + sum(group.keys for group in survey.groups.values())
+
+    with progress("deleting") as report:
+        report(0, total)
+
+        def count(keys: int) -> None:
+            deleted["keys"] += keys
+            report(min(deleted["keys"], total), total)
+
+        for group in survey.groups.values():
+            if group.kind == "replay":
+                await runs.delete(client, Names(group.name), count)
+                deleted["replays"] += 1
+        async for page in client.scan_pages():
+            keys = [key for key, owned in survey.matching(page) if owned is None or _is_left(survey, owned)]
+            count(await client.count_keys("UNLINK", keys, repeatable=True))
+        deleted["policies"] = sum(group.kind == "policy" for group in survey.groups.values())
+
+
+def _is_left(survey: Survey, owned: Owned) -> bool:
+    """Whether the key is of a policy that stands alone, or a chunk that no log named. A replay of that name, which somebody
+    has begun meanwhile, is none of our business: its runs have other numbers.
+    """
+    group = survey.groups.get(owned.name)
+    return group is not None and (group.kind == "policy" or owned.number in group.runs)
