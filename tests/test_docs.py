@@ -1,15 +1,30 @@
-"""Every code block of the guides runs as it stands, against a real server; links lead somewhere."""
+"""Every code block of README and docs/ runs as it stands, against a real server; links lead somewhere; the site is built.
+
+What stands in a comment on the line before a block says how, several things separated by ``; ``:
+
+* ``with simulators``: actors append meanwhile. ``needs torch``: skipped where that cannot be imported;
+* ``name.py``: the block is that file. ``run``: a command, run in a folder with the files before it. ``output``: what the
+  command before printed, but for its numbers.
+
+A Python block is run with the names of this package and a replay that holds some transitions. One that calls
+``aionpredis.run`` is a program: it runs in a process of its own, with the server in ``REDIS_URL``.
+"""
 
 from __future__ import annotations
 
 import ast
 import inspect
 import math
+import os
 import re
+import subprocess
+import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import anyio
+import anyio.to_thread
 import numpy as np
 import pytest
 from numpy.typing import NDArray
@@ -21,15 +36,15 @@ from aionpredis import Replay, Run, RunEnded, Schema
 pytestmark = pytest.mark.anyio
 
 ROOT = Path(__file__).parent.parent
-GUIDES = sorted((ROOT / "docs").glob("*.md"))
+GUIDES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 FENCE = re.compile(
     r"^(?:<!-- (?P<mark>.+?) -->\n)?(?P<fence>`{3,})(?P<language>.*)\n(?P<code>(?:.*\n)*?)(?P=fence)$", re.MULTILINE
 )
-NOT_RUN = {"sh", "text"}
-"""Languages of blocks that are no Python: commands, and output or drawings."""
-WITH_SIMULATORS = "with simulators"
-"""What stands in a comment on the line before a block during which actors append."""
+NOT_PYTHON = {"sh", "text", "{toctree}"}
+"""Languages of other blocks: commands, output or drawings, and the site's table of contents."""
+WITH_SIMULATORS, RUN, OUTPUT = "with simulators", "run", "output"
+IS_FILE, NEEDS = re.compile(r"\w+\.py"), re.compile(r"needs (\w+)")
 
 SCHEMA = Schema(state=("float32", (4,)), action="int64", reward="float32", terminated="bool", truncated="bool")
 WEIGHTS = {"weight": np.ones((4, 2), np.float32)}
@@ -40,24 +55,41 @@ STEPS = 6
 class Block(NamedTuple):
     path: Path
     line: int
-    mark: str | None
+    marks: list[str]
     language: str
     code: str
 
     def __str__(self) -> str:
         return f"{self.path.name}:{self.line}"
 
+    @property
+    def file(self) -> str | None:
+        """The name of the file that it is."""
+        return next(filter(IS_FILE.fullmatch, self.marks), None)
+
+    @property
+    def needs(self) -> list[str]:
+        return [match[1] for match in map(NEEDS.fullmatch, self.marks) if match]
+
 
 def blocks_of(path: Path) -> list[Block]:
     text = path.read_text(encoding="utf-8")
     return [
-        Block(path, text.count("\n", 0, match.start("code")), match["mark"], match["language"], match["code"])
+        Block(
+            path,
+            text.count("\n", 0, match.start("code")),
+            match["mark"].split("; ") if match["mark"] else [],
+            match["language"],
+            match["code"],
+        )
         for match in FENCE.finditer(text)
     ]
 
 
 BLOCKS = [block for path in GUIDES for block in blocks_of(path)]
-PYTHON = [block for block in BLOCKS if block.language == "python"]
+PYTHON = [block for block in BLOCKS if block.language == "python" and not block.file]
+SNIPPETS = [block for block in PYTHON if "aionpredis.run(" not in block.code]
+PROGRAMS = [block for block in PYTHON if "aionpredis.run(" in block.code]
 
 
 class EnoughError(Exception):
@@ -120,13 +152,16 @@ async def execute(block: Block, namespace: dict[str, Any]) -> None:
     code = compile(
         "\n" * block.line + block.code, block.path, "exec", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT, dont_inherit=True
     )
-    result = eval(code, namespace)
-    if inspect.iscoroutine(result):
-        await result
+    if code.co_flags & inspect.CO_COROUTINE:
+        await eval(code, namespace)
+    else:  # what awaits nothing may block
+        await anyio.to_thread.run_sync(eval, code, namespace)
 
 
-@pytest.mark.parametrize("block", PYTHON, ids=str)
+@pytest.mark.parametrize("block", SNIPPETS, ids=str)
 async def test_block_runs(url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], block: Block) -> None:
+    for name in block.needs:
+        pytest.importorskip(name, reason=f"{name} is not installed")
     async with aionpredis.connect(url) as client:
         replay = client.replay("pong", SCHEMA)
         run: Run = await replay.begin_run(WEIGHTS)
@@ -148,13 +183,14 @@ async def test_block_runs(url: str, tmp_path: Path, capsys: pytest.CaptureFixtur
             "replay": replay,
             "run": run,
             "schema": SCHEMA,
+            "url": url,
             "train": Training(),
             "weights": WEIGHTS,
         }
         with anyio.fail_after(20):
             try:
                 async with anyio.create_task_group() as tasks:
-                    if block.mark == WITH_SIMULATORS:
+                    if WITH_SIMULATORS in block.marks:
                         for _ in range(2):
                             tasks.start_soon(append, replay, math.inf)
                     await execute(block, namespace)
@@ -163,28 +199,119 @@ async def test_block_runs(url: str, tmp_path: Path, capsys: pytest.CaptureFixtur
                 pass
 
 
+def start(*command: str, folder: Path, url: str | None) -> subprocess.Popen[str]:
+    environment = {name: value for name, value in os.environ.items() if name != "REDIS_URL"}
+    if url is not None:
+        environment["REDIS_URL"] = url
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, cwd=folder, env=environment, stdout=pipe, stderr=pipe, text=True)
+
+
+def output_of(*command: str, folder: Path, url: str | None) -> str:
+    with start(*command, folder=folder, url=url) as process:
+        try:
+            output, errors = process.communicate(timeout=40)
+        finally:
+            process.kill()
+    assert (process.returncode, errors) == (0, "")
+    return output
+
+
+@pytest.mark.parametrize("block", PROGRAMS, ids=str)
+def test_program_runs(url: str, tmp_path: Path, block: Block) -> None:
+    path = tmp_path / "program.py"
+    path.write_text(re.sub(r'connect\("[^"]*"\)', "connect()", block.code))
+    output_of(sys.executable, str(path), folder=tmp_path, url=url)
+
+
+def without_numbers(text: str) -> str:
+    return re.sub(r"\d+", "0", text)
+
+
+@pytest.mark.parametrize(
+    "path", sorted({block.path for block in BLOCKS if RUN in block.marks}), ids=lambda path: path.name
+)
+def test_commands_print_what_is_shown(path: Path, tmp_path: Path) -> None:
+    """In an empty folder, in the order of the page, with the files as they are at that place of it."""
+    printed = ""
+    for block in blocks_of(path):
+        if block.file:
+            (tmp_path / block.file).write_text(block.code)
+        elif RUN in block.marks:
+            (command,) = block.code.splitlines()
+            name, *arguments = command.split()
+            assert name == "python", block
+            printed = output_of(sys.executable, *arguments, folder=tmp_path, url=None)
+        elif OUTPUT in block.marks:
+            assert without_numbers(printed) == without_numbers(block.code), block
+
+
+@pytest.mark.one_server("the program is the point; what it does is tested elsewhere")
+def test_tutorial_on_a_server_with_one_more_simulator(url: str, tmp_path: Path) -> None:
+    for block in blocks_of(ROOT / "docs" / "tutorial.md"):
+        if block.file:
+            (tmp_path / block.file).write_text(block.code)
+    with start(sys.executable, "simulator.py", folder=tmp_path, url=url) as simulator:
+        try:
+            lines = output_of(sys.executable, "trainer.py", folder=tmp_path, url=url).splitlines()
+            assert simulator.poll() is None  # it waits for the next run
+        finally:
+            simulator.kill()
+    (first, balls), (last, of_balls) = [map(int, re.findall(r"\d+", lines[number])[-2:]) for number in (0, -1)]
+    assert last / of_balls > 0.5 > first / balls  # it has learned something
+
+
 @pytest.mark.parametrize("path", GUIDES, ids=lambda path: path.name)
 def test_every_block_is_run_or_marked(path: Path) -> None:
     found = blocks_of(path)
     fences = [line for line in path.read_text(encoding="utf-8").splitlines() if line.lstrip().startswith("```")]
     assert len(fences) == 2 * len(found)
     for block in found:
-        assert block.language in {"python", *NOT_RUN}, block
-        assert block.mark in {None, WITH_SIMULATORS}, block
-        assert block.language == "python" or block.mark is None, block
+        assert block.language in {"python", *NOT_PYTHON}, block
+        for mark in block.marks:
+            if mark == WITH_SIMULATORS or IS_FILE.fullmatch(mark) or NEEDS.fullmatch(mark):
+                assert block.language == "python", block
+            else:
+                assert (mark, block.language) in {(RUN, "sh"), (OUTPUT, "text")}, block
+
+
+def anchors_of(path: Path) -> list[str]:
+    """As GitHub and the site make them of a page's headings."""
+    headings = re.findall(r"^#+ (.+)$", FENCE.sub("", path.read_text(encoding="utf-8")), re.MULTILINE)
+    return [re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings]
 
 
 @pytest.mark.parametrize("path", GUIDES, ids=lambda path: path.name)
 def test_links_lead_somewhere(path: Path) -> None:
-    text = FENCE.sub("", path.read_text(encoding="utf-8"))
-    headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
-    anchors = [re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings]
+    anchors = anchors_of(path)
     assert len(set(anchors)) == len(anchors)
-    for target in re.findall(r"\]\(([^)]+)\)", text):
-        if target.startswith("#"):
-            assert target[1:] in anchors, target
-        elif "://" not in target:
-            assert (path.parent / target.partition("#")[0]).exists(), target
+    for target in re.findall(r"\]\(([^)]+)\)", FENCE.sub("", path.read_text(encoding="utf-8"))):
+        if "://" not in target:
+            file, _, anchor = target.partition("#")
+            page = path.parent / file if file else path
+            assert page.exists(), target
+            assert not anchor or anchor in anchors_of(page), target
+
+
+# The site
+
+
+def test_reference_has_every_public_name() -> None:
+    text = "".join(page.read_text(encoding="utf-8") for page in (ROOT / "docs" / "reference").glob("*.rst"))
+    described = set(re.findall(r"^\.\. auto(?:class|exception|function):: (\w+)$", text, re.MULTILINE))
+    assert described == {name for name in aionpredis.__all__ if not name.startswith("_")}
+
+
+SPHINX = ["furo", "myst_parser", "sphinx"]
+
+
+@pytest.mark.skipif(not all(map(find_spec, SPHINX)), reason=f"needs {', '.join(SPHINX)}: the extra docs")
+def test_site_is_built_without_a_warning(tmp_path: Path) -> None:
+    options = ["--quiet", "--fresh-env", "--fail-on-warning", "--keep-going"]
+    assert (
+        output_of(sys.executable, "-m", "sphinx", *options, "docs", str(tmp_path / "site"), folder=ROOT, url=None) == ""
+    )
+    assert (tmp_path / "site" / "reference" / "client.html").exists()
 
 
 TEST_ID = re.compile(r"`(?P<file>test_\w+\.py)::(?P<name>test_\w+)(?:\[(?P<case>\w+)\])?`")

@@ -17,7 +17,7 @@ Ids = NDArray[np.int64]
 class Index:
     """Numbers the transitions of a run 0, 1, … in the order of the log. All of it is this process's own knowledge.
 
-    A transition is *present* until its chunk is found to be gone from the server, or it is :meth:`discard`-ed. Memory:
+    A transition is *present* until its chunk is found to be gone from the server, or it is discarded. Memory:
     3 bytes a transition and 36 a chunk; what lies before the oldest transition that is present is forgotten.
     """
 
