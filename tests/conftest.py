@@ -1,4 +1,4 @@
-"""Fixtures: every server times every event loop."""
+"""Fixtures: every server, and every event loop."""
 
 from __future__ import annotations
 
@@ -37,28 +37,33 @@ def anyio_backend(request: pytest.FixtureRequest) -> Any:
     return request.param
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--one-loop", action="store_true", help="each test on one of the loops: a third of the time")
+
+
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "one_server(reason): not on a cluster, too")
     config.addinivalue_line("markers", "one_loop(reason): each test on one of the loops, not on all of them")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A cluster runs what does not say that one server is the point, and what no proxy stands in front of; each test on one of
-    the loops.
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Valkey meets all loops, Redis and a cluster one of them with each test: what a server answers does not depend on who
+    waits for it. A cluster runs what does not say that one server is the point, and what no proxy stands in front of.
     """
+    always: bool = config.getoption("one_loop")
 
     def fits(item: pytest.Item) -> bool:
         assert isinstance(item, pytest.Function)
         if not hasattr(item, "callspec"):
             return True
-        on_cluster = item.callspec.params.get("server") == "cluster"
-        if on_cluster or item.get_closest_marker("one_loop") is not None:
-            ids = item.callspec.id.split("-")
+        ids = item.callspec.id.split("-")
+        if always or not {"redis", "cluster"}.isdisjoint(ids) or item.get_closest_marker("one_loop") is not None:
             loop = next((number for number, each in enumerate(LOOPS) if each.id in ids), None)
             if loop is not None:
                 ids.remove(str(LOOPS[loop].id))
                 if loop != zlib.crc32(f"{item.originalname} {ids}".encode()) % len(LOOPS):
                     return False
+        on_cluster = item.callspec.params.get("server") == "cluster"
         return not on_cluster or (item.get_closest_marker("one_server") is None and "proxy" not in item.fixturenames)
 
     items[:] = filter(fits, items)

@@ -1,6 +1,6 @@
 """One module a case."""
 
-from bench.cases import cluster, codec, large, latency, memory, policy, read, replay, sizes, write
+from bench.cases import cluster, codec, imports, large, latency, memory, policy, read, replay, sizes, write
 from bench.harness import Case
 
 CASES: dict[str, Case] = {
@@ -15,6 +15,7 @@ CASES: dict[str, Case] = {
         sizes.CASE,
         codec.CASE,
         memory.CASE,
+        imports.CASE,
         cluster.WRITE,
         cluster.READ,
         cluster.REPLAY,
