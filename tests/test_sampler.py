@@ -305,6 +305,43 @@ async def test_lanes_of_a_vectorized_environment_are_trajectories_of_their_own(u
             assert await actor.join() == second
 
 
+@pytest.mark.one_loop("none of them is the point")
+async def test_lanes_that_had_no_transition_are_left_out(url: str) -> None:
+    async with aionpredis.connect(url) as client:
+        replay = client.replay("r", NARROW, chunk=4)
+        await replay.begin_run()
+        async with replay.vector_actor(3) as actor:
+            await actor.join()
+            for step in range(6):
+                rows = [row(NARROW, 100 * lane + step) for lane in range(actor.lanes)]
+                columns = {name: np.stack([one[name] for one in rows]) for name in NARROW}
+                await actor.append(np.arange(3) != step % 3, **columns)
+            with pytest.raises(EncodeError, match="2 lanes; there are 3"):
+                await actor.append([True, True], **columns)
+        uids = np.concatenate([batch["uid"] async for batch in await replay.epoch()])
+        assert sorted(uids.tolist()) == [
+            100 * lane + step for lane in range(3) for step in range(6) if step % 3 != lane
+        ]
+
+
+@pytest.mark.one_loop("none of them is the point")
+async def test_batches_lie_in_the_memory_that_was_asked_for(url: str) -> None:
+    made: list[NDArray[np.uint8]] = []
+
+    def empty(nbytes: int) -> NDArray[np.uint8]:
+        made.append(np.empty(nbytes, np.uint8))
+        return made[-1]
+
+    async with aionpredis.connect(url) as client:
+        await filled(client, 40)
+        replay = client.replay("r", NARROW, chunk=4, empty=empty)
+        sample = await (await replay.sampler(batch=8, n_step=NStep(2, columns=["state"]))).sample()
+        for batch in (sample, await anext(await replay.epoch(batch=8)), await anext(await replay.draw_chunks(batch=8))):
+            for name in [*NARROW, "next_state"]:
+                if name in batch:
+                    assert any(np.may_share_memory(batch[name], memory) for memory in made), name
+
+
 async def test_slices_that_do_not_exist_are_waited_for(url: str) -> None:
     async with aionpredis.connect(url) as client:
         replay = await filled(client, 40)

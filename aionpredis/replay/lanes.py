@@ -8,6 +8,9 @@ from dataclasses import astuple
 from types import TracebackType
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from aionpredis.errors import EncodeError
 from aionpredis.replay.actor import Actor, ActorStats
 from aionpredis.replay.log import Begin
@@ -62,20 +65,23 @@ class VectorActor:
                     await actor.join()
         return self.run
 
-    async def append(self, **values: Any) -> None:
-        """Add a transition to each lane: each column with a leading axis, ``(lanes, *shape)``.
+    async def append(self, where: Sequence[bool] | NDArray[np.bool_] | None = None, /, **values: Any) -> None:
+        """Add a transition to each lane, or to those ``where`` says so: each column with a leading axis, ``(lanes, *shape)``.
 
         Raises:
             EncodeError: a column has not one value for each lane (nothing was added), or one does not fit.
             TypeError, RunEnded, ConnectionLost, ConnectError, ServerError, NotReplicated: as for :attr:`Actor.append`.
                 Lanes before the one that raises have theirs.
         """
+        if where is not None and len(where) != len(self._actors):
+            raise EncodeError(f"where= says it of {len(where)} lanes; there are {len(self._actors)}")
         for name, column in values.items():
             if len(column) != len(self._actors):
                 raise EncodeError(f"column {name!r} has {len(column)} values for {len(self._actors)} lanes")
         names = tuple(values)
-        for actor, row in zip(self._actors, zip(*values.values(), strict=True), strict=True):
-            await actor.append(**dict(zip(names, row, strict=True)))
+        for lane, row in enumerate(zip(*values.values(), strict=True)):
+            if where is None or where[lane]:
+                await self._actors[lane].append(**dict(zip(names, row, strict=True)))
 
     async def flush(self) -> None:
         """Return when all that was appended is acknowledged. Otherwise as :meth:`Actor.flush`."""

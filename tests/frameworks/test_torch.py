@@ -1,0 +1,267 @@
+"""torch: tensors over the memory of batches, datasets for its loader, weights there and back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+import aionpredis
+from aionpredis import EncodeError, Loader, Prioritized, Replay, Schema, UsageError
+
+from ..replays import SCHEMA, fill, replay_of
+
+torch: Any = pytest.importorskip("torch", reason="torch is not installed")
+
+from aionpredis.frameworks import torch as frameworks  # noqa: E402
+from aionpredis.frameworks.torch import Tensors, TensorSample, as_arrays, as_tensors, pinned_empty  # noqa: E402
+from aionpredis.memory import REFERENCES_ARE_COUNTED, aligned_empty  # noqa: E402
+
+pytestmark = [
+    pytest.mark.anyio,
+    pytest.mark.one_server("what is received is the same"),
+    pytest.mark.one_loop("nor does the loop matter"),
+]
+
+
+def place(array: NDArray[Any]) -> int:
+    return int(array.__array_interface__["data"][0])
+
+
+def check(tensors: dict[str, Any]) -> None:
+    """The columns belong together."""
+    uid = tensors["uid"]
+    assert (tensors["state"] == (uid % 256)[:, None]).all()
+    assert (tensors["terminated"] == (uid % 10 == 9)).all()
+
+
+async def filled(replay: Replay, count: int) -> None:
+    await replay.begin_run()
+    async with replay.actor() as actor:
+        await actor.join()
+        await fill(actor, range(count))
+
+
+# Batches
+
+
+def test_tensors_share_the_memory_of_the_batch() -> None:
+    batch: dict[str, NDArray[Any]] = {
+        "state": np.arange(12, dtype=np.uint8).reshape(4, 3),
+        "reward": np.ones(4, np.float32),
+    }
+    tensors = as_tensors(batch)
+    assert list(tensors) == ["state", "reward"]
+    for name, tensor in tensors.items():
+        assert tensor.data_ptr() == place(batch[name])
+        assert tensor.shape == batch[name].shape
+    tensors["reward"][2] = 7
+    assert batch["reward"].tolist() == [1, 1, 7, 1]
+
+
+DTYPES = ["bool", "int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64"]
+DTYPES += ["float16", "float32", "float64", "complex64"]
+ML_DTYPES = ["bfloat16", "float8_e4m3fn", "float8_e5m2"]
+
+
+@pytest.mark.parametrize("name", [*DTYPES, *ML_DTYPES])
+@pytest.mark.parametrize("shape", [(), (3, 2), (0, 4)])
+def test_every_dtype_is_torchs_own_and_back_without_a_copy(name: str, shape: tuple[int, ...]) -> None:
+    dtype = np.dtype(getattr(pytest.importorskip("ml_dtypes"), name) if name in ML_DTYPES else name)
+    array = np.ones(shape, dtype)
+    tensor = as_tensors({"x": array})["x"]
+    assert tensor.dtype is getattr(torch, name)
+    assert tensor.shape == shape
+    assert (tensor.to(torch.complex64) == 1).all()
+    back = as_arrays({"x": tensor})["x"]
+    assert (back.dtype, back.shape) == (dtype, shape)
+    if array.size:
+        assert tensor.data_ptr() == place(array) == place(back)
+
+
+def test_bfloat16_that_was_read_without_ml_dtypes_is_torchs_own() -> None:
+    array = np.array([0x3F80], np.uint16).view([("bfloat16", "<u2")])
+    assert as_tensors({"x": array})["x"].tolist() == [1.0]
+    assert as_tensors({"x": array})["x"].dtype is torch.bfloat16
+
+
+def test_dtype_that_torch_does_not_have_is_named() -> None:
+    ml_dtypes = pytest.importorskip("ml_dtypes")
+    with pytest.raises(UsageError, match="'x': torch has no dtype like float8_e3m4"):
+        as_tensors({"x": np.zeros(2, ml_dtypes.float8_e3m4)})
+
+
+async def test_batches_come_as_tensors_over_the_memory_they_were_received_into(url: str) -> None:
+    places = []
+
+    def empty(nbytes: int) -> NDArray[np.uint8]:
+        memory = aligned_empty(nbytes)
+        places.append(place(memory))
+        return memory
+
+    async with aionpredis.connect(url) as client:
+        replay = client.replay("r", SCHEMA, chunk=4, empty=empty)
+        await filled(replay, 100)
+        async with Loader(Tensors(await replay.epoch(batch=20))) as loader:
+            batches = [tensors async for tensors in loader]
+    assert [len(tensors["uid"]) for tensors in batches] == [20] * 5
+    assert {tensor.data_ptr() for tensors in batches for tensor in tensors.values()} <= set(places)
+    assert sorted(uid for tensors in batches for uid in tensors["uid"].tolist()) == list(range(100))
+    for tensors in batches:
+        check(tensors)
+
+
+@pytest.mark.skipif(not REFERENCES_ARE_COUNTED, reason="nothing is recycled where references are not counted")
+async def test_memory_is_used_again_when_its_tensor_is_gone_and_not_before(url: str) -> None:
+    async with aionpredis.connect(url) as client:
+        replay = replay_of(client)
+        await filled(replay, 200)
+        samples = Tensors(await replay.sampler(batch=10))
+        first = await anext(samples)
+        kept, expected = first["state"][3:], first["state"][3:].clone()
+        del first
+        places = set()
+        for _ in range(50):
+            places.add((await anext(samples))["state"].data_ptr())
+        assert torch.equal(kept, expected)
+        assert kept.data_ptr() - 9 not in places
+        assert len(places) < 5
+
+
+async def test_samples_keep_what_priorities_need(url: str) -> None:
+    async with aionpredis.connect(url) as client:
+        replay = replay_of(client)
+        await filled(replay, 40)
+        sampler = await replay.sampler(batch=8, selection=Prioritized())
+        while True:
+            sample = await anext(Tensors(sampler))
+            assert isinstance(sample, TensorSample)
+            check(sample)
+            assert sample.weights.shape == (8,)
+            errors = sample["uid"] + 1.0
+            sampler.update_priorities(sample.ids, errors * (sample["uid"] == 17))
+            if 17 in sample["uid"]:
+                break
+        for number in range(40):
+            sampler.update_priorities(np.array([number]), np.array([float(number == sample.ids[0])]))
+        assert set((await anext(Tensors(sampler)))["uid"].tolist()) == {int(sample["uid"][0])}
+
+
+# Devices
+
+
+class Event:
+    done = False
+
+    def query(self) -> bool:
+        return self.done
+
+
+@pytest.mark.skipif(not REFERENCES_ARE_COUNTED, reason="nothing is recycled where references are not counted")
+async def test_memory_is_held_until_it_is_copied_to_the_device(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The event is a stand-in; that CUDA's is asked for is tested where there is CUDA."""
+    events: list[Event] = []
+    places: list[int] = []
+
+    def mark(device: Any) -> Event:
+        events.append(Event())
+        return events[-1]
+
+    monkeypatch.setattr(frameworks, "_mark", mark)
+
+    def empty(nbytes: int) -> NDArray[np.uint8]:
+        places.append(nbytes)
+        return aligned_empty(nbytes)
+
+    async with aionpredis.connect(url) as client:
+        replay = client.replay("r", Schema(state=("uint8", (3,))), chunk=1, empty=empty)
+        await replay.begin_run()
+        async with replay.actor() as actor:
+            await actor.join()
+            for _ in range(60):
+                await actor.append(state=np.zeros(3, np.uint8))
+        sampler = await replay.sampler(batch=10)
+        tensors = Tensors(sampler, device="meta")
+        for number in range(1, 6):
+            moved = await anext(tensors)
+            assert moved["state"].device.type == "meta"
+            assert len(places) == number  # nothing is copied yet
+        for event in events:
+            event.done = True
+        for _ in range(10):
+            await anext(tensors)
+            events[-1].done = True
+        assert len(places) <= 6
+
+
+def test_pinned_memory_is_ordinary_memory_without_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    memory = pinned_empty(1000)
+    assert memory.shape == (1000,)
+    assert memory.dtype == np.uint8
+    memory[:] = 1
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+async def test_pinned_memory_travels_to_cuda_whole(url: str) -> None:
+    async with aionpredis.connect(url) as client:
+        replay = client.replay("r", SCHEMA, chunk=4, empty=pinned_empty)
+        await filled(replay, 2000)
+        batch = await anext(await replay.epoch(batch=100))
+        assert all(tensor.is_pinned() for tensor in as_tensors(batch).values())
+        seen = []
+        async for tensors in Tensors(await replay.epoch(batch=100), device="cuda"):
+            assert tensors["state"].is_cuda
+            check(tensors)
+            seen += tensors["uid"].tolist()
+        assert sorted(seen) == list(range(2000))
+
+
+# Weights
+
+
+def network() -> Any:
+    """With parameters, buffers, and a scalar among them."""
+    return torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.BatchNorm1d(8), torch.nn.Linear(8, 2))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+async def test_state_dict_is_published_and_loaded(url: str, dtype: Any) -> None:
+    if dtype is torch.bfloat16:
+        pytest.importorskip("ml_dtypes")
+    sender, receiver = network().to(dtype), network().to(dtype)
+    async with aionpredis.connect(url) as client:
+        policy = client.policy("p")
+        await policy.publish(as_arrays(sender.state_dict()))
+        version = await policy.latest()
+    assert version is not None
+    receiver.load_state_dict(as_tensors(version.weights))
+    expected = sender.state_dict()
+    assert len(expected) == len(version.weights) == 9
+    for name, tensor in receiver.state_dict().items():
+        assert tensor.dtype is expected[name].dtype
+        assert torch.equal(tensor, expected[name])
+
+
+async def test_state_dict_of_numpys_dtypes_is_published_as_it_is(url: str) -> None:
+    async with aionpredis.connect(url) as client:
+        policy = client.policy("p")
+        await policy.publish(network().state_dict())
+        version = await policy.latest()
+    assert version is not None
+    assert list(version.weights) == list(network().state_dict())
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: torch.zeros(2, device="meta"), r"'w' is on meta: pass 'w'\.cpu\(\)"),
+        (lambda: torch.eye(2).to_sparse(), "'w': .*to_dense"),
+        (lambda: np.zeros(2), "'w' is no tensor, but ndarray"),
+    ],
+)
+def test_tensor_that_numpy_cannot_show_is_named(make: Any, message: str) -> None:
+    with pytest.raises(EncodeError, match=message):
+        as_arrays({"w": make()})
