@@ -127,6 +127,11 @@ class Client:
         """Where the server is, without user and password."""
         return "the embedded server" if self._dialer is None else self._dialer.url
 
+    @property
+    def is_embedded(self) -> bool:
+        """Whether the server lives as long as this client."""
+        return self._embedded is not None
+
     def __repr__(self) -> str:
         return f"<aionpredis.Client {self.url} {'open' if self._topology else 'closed'}>"
 

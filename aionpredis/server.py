@@ -153,6 +153,11 @@ class Server:
         return self._running().pid
 
     @property
+    def log(self) -> Path:
+        """The file that the server writes its log to, as long as it runs."""
+        return self._running().folder / "log"
+
+    @property
     def port(self) -> int | None:
         """The TCP port on 127.0.0.1, if one was asked for."""
         return self._port

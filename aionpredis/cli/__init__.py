@@ -15,11 +15,14 @@ except ModuleNotFoundError as missing:
     print('aionpredis: the command needs typer: pip install "aionpredis[cli]"', file=sys.stderr)
     raise SystemExit(2) from None
 
+from aionpredis.cli.bench import bench
 from aionpredis.cli.checkpoint import restore, save
 from aionpredis.cli.delete import delete
 from aionpredis.cli.demo import demo
+from aionpredis.cli.doctor import doctor
 from aionpredis.cli.files import get, put
 from aionpredis.cli.ls import ls
+from aionpredis.cli.serve import serve
 from aionpredis.cli.show import show
 from aionpredis.cli.watch import watch
 
@@ -31,7 +34,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-for command in (demo, ls, show, get, put, watch, delete, save, restore):
+for command in (demo, ls, show, get, put, delete, save, restore, serve, watch, doctor, bench):
     app.command()(command)
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from aionpredis.cli.common import AsJson, Url, print_json, progress, with_client
+from aionpredis.cli.common import AsJson, Url, need, print_json, progress, with_client
 
 if TYPE_CHECKING:
     from aionpredis.client import Client
@@ -30,7 +30,7 @@ def save(
     async def work(client: Client, report: Callable[[int, int], None]) -> dict[str, Any]:
         return await checkpoint.save_any(client, name, folder, run, report)
 
-    _transfer(f"saving {name}", work, url, as_json)
+    _transfer(f"saving {name}", work, url, as_json, lambda done: f"nothing was left in {folder.parent}")
 
 
 def restore(
@@ -46,7 +46,13 @@ def restore(
     async def work(client: Client, report: Callable[[int, int], None]) -> dict[str, Any]:
         return await checkpoint.restore_any(client, folder, name, keep, report)
 
-    _transfer(f"restoring {folder.name}", work, url, as_json)
+    _transfer(
+        f"restoring {folder.name}",
+        work,
+        url,
+        as_json,
+        lambda done: f"the run that was begun has {done} transitions: restore again, which begins another one",
+    )
 
 
 def _transfer(
@@ -54,11 +60,24 @@ def _transfer(
     work: Callable[[Client, Callable[[int, int], None]], Awaitable[dict[str, Any]]],
     url: str | None,
     as_json: bool,
+    interrupted: Callable[[str], str],
 ) -> None:
-    with progress(what) as report:
-        started = time.monotonic()
-        facts = with_client(url, lambda client: work(client, report))
-        facts["seconds"] = round(time.monotonic() - started, 3)
+    """Do this with progress, and print what was done; ``interrupted``: says what there is after ``done`` transitions."""
+    need("rich")
+    last = 0, 0
+    started = time.monotonic()
+
+    async def shown(client: Client) -> dict[str, Any]:
+        def note(done: int, total: int) -> None:
+            nonlocal last
+            last = done, total
+            report(done, total)
+
+        with progress(what) as report:
+            return await work(client, note)
+
+    facts = with_client(url, shown, interrupted=lambda: interrupted(f"{last[0]:,} of {last[1]:,}"))
+    facts["seconds"] = round(time.monotonic() - started, 3)
     if as_json:
         print_json(facts)
     else:

@@ -19,6 +19,7 @@ from aionpredis.errors import AionpredisError
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
 
     from aionpredis.client import Client
 
@@ -32,6 +33,7 @@ __all__ = [
     "print_table",
     "progress",
     "said",
+    "table_of",
     "until_done",
     "with_client",
 ]
@@ -79,7 +81,7 @@ def until_done(
             raise typer.Exit(0) from None
         fail(f"{error}; {interrupted()}" if interrupted else str(error), error.exit_code)
     except (AionpredisError, OSError, BaseExceptionGroup) as error:
-        cause = error if isinstance(error, OSError) else cause_of(error)
+        cause = cause_of(error, (AionpredisError, OSError))
         if cause is None:
             raise
         fail(str(cause))
@@ -144,6 +146,19 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     console().print(line(name.lstrip(">") for name in columns), style="bold", soft_wrap=True)
     sys.stdout.writelines(f"{line(row)}\n" for row in rows)
     print()
+
+
+def table_of(title: str, *columns: str) -> Table:
+    """A small table, to be filled: what the rows are, and figures."""
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False, border_style="dim")
+    table.header_style = "cyan"
+    table.add_column(title, style="bold", no_wrap=True, overflow="ellipsis")
+    for column in columns:
+        table.add_column(column, justify="right", no_wrap=True)
+    return table
 
 
 def print_json(facts: Any, *, indent: int | None = 2) -> None:

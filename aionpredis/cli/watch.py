@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from aionpredis.cli.common import AsJson, Url, console, fail, need, print_json, until_done
+from aionpredis.cli.common import AsJson, Url, console, fail, need, print_json, table_of, until_done
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -28,8 +28,8 @@ SILENT_SECONDS = 10.0
 """An actor without a chunk for so long is called silent."""
 
 
-MAX_ADDRESS, MAX_NAME = 21, 28
-"""Characters: 127.0.0.1:65535 fits, and each table into 100 columns."""
+MAX_ADDRESS, MAX_NAME = 20, 22
+"""Characters, so that each table fits into 80 columns."""
 
 
 def watch(
@@ -146,14 +146,13 @@ def _tables(view: View, height: int | None) -> list[RenderableType]:
         parts.append(Text("no run: it was deleted, or no trainer has begun one yet", style="yellow"))
     else:
         parts.append(_summary(view))
-    tables = [_runs(view), _readers(view), _servers(view)]
-    # Of the actors as many as there is room for: a table has 3 lines besides its rows, and one is left at the end.
-    used = sum(table.row_count + 3 for table in tables if table.row_count) + 6 + len(view.denied)
-    room = None if height is None else max(1, height - used - 3)
-    parts += [tables[0]] if tables[0].row_count else []
-    if view.actors:
-        parts.append(_actors(view, room))
-    parts += [table for table in tables[1:] if table.row_count]
+    others = [table for table in (_runs(view), _readers(view), _servers(view)) if table.row_count]
+    # Of the actors as many as there is room for. A table has 3 lines besides its rows, with the empty one before it; above
+    # them are 3 with that of a fault.
+    room = None if height is None else height - 6 - len(view.denied) - sum(table.row_count + 3 for table in others)
+    tables = [*others[:1], *([_actors(view, room)] if view.actors else []), *others[1:]]
+    for table in tables:
+        parts += ["", table]
     parts += [Text(f"not seen: {reason}", style="dim") for reason in view.denied]
     return parts
 
@@ -176,19 +175,8 @@ def _summary(view: View) -> RenderableType:
     return Text("  ·  ").join(Text(*fact) for fact in facts)
 
 
-def _table(title: str, *columns: str) -> Any:
-    from rich import box
-    from rich.table import Table
-
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), show_edge=False, title_justify="left")
-    table.add_column(title, style="bold", no_wrap=True, overflow="ellipsis")
-    for column in columns:
-        table.add_column(column, justify="right", no_wrap=True)
-    return table
-
-
 def _runs(view: View) -> Any:
-    table = _table("run", "age", "transitions", "chunks", "bytes", "committed", "policy")
+    table = table_of("run", "age", "transitions", "chunks", "bytes", "committed", "policy")
     for run in [] if view.run is None else [view.run, *view.older]:
         table.add_row(
             str(run.run),
@@ -205,9 +193,9 @@ def _runs(view: View) -> Any:
 
 def _actors(view: View, room: int | None) -> Any:
     """The fastest first, the silent last."""
-    table = _table("actor", "transitions/s", "transitions", "chunks", "episodes", "last chunk")
+    table = table_of("actor", "per second", "transitions", "chunks", "episodes", "last chunk")
     actors = sorted(view.actors, key=lambda actor: (-(actor.rate or 0), -actor.transitions))
-    shown = actors if room is None or len(actors) <= room else actors[: max(1, room - 1)]
+    shown = actors if room is None or len(actors) <= room else actors[: max(0, room - 1)]
     for actor in shown:
         seen = "before" if actor.seen is None else f"{_ago(actor.seen)} ago"
         late = actor.seen is not None and actor.seen > SILENT_SECONDS
@@ -234,20 +222,18 @@ def _actors(view: View, room: int | None) -> Any:
 
 
 def _readers(view: View) -> Any:
-    table = _table("learner", "transitions behind", "chunks behind", "readers", "pending")
+    groups = any(reader.pending is not None for reader in view.readers)
+    table = table_of("learner", "transitions behind", "chunks behind", *(["unacknowledged", "readers"] * groups))
     for reader in view.readers:
-        table.add_row(
-            reader.name,
-            f"{reader.transitions_behind:,}",
-            f"{reader.chunks_behind:,}",
-            "–" if reader.consumers is None else f"{reader.consumers:,}",
-            "–" if reader.pending is None else f"{reader.pending:,}",
-        )
+        cells = [reader.name, f"{reader.transitions_behind:,}", f"{reader.chunks_behind:,}"]
+        if reader.pending is not None:
+            cells += [f"{reader.pending:,}", f"{reader.consumers:,}"]
+        table.add_row(*cells)
     return table
 
 
 def _servers(view: View) -> Any:
-    table = _table("server", "memory", "of", "evicted", "calls/s", "in/s", "out/s", "clients", "replicas")
+    table = table_of("server", "memory", "of", "evicted", "calls/s", "in/s", "out/s")
     for server in view.servers:
         share = server.used_memory / server.maxmemory if server.maxmemory else 0
         table.add_row(
@@ -258,8 +244,6 @@ def _servers(view: View) -> Any:
             f"{server.commands:,}",
             _bytes(server.bytes_in),
             _bytes(server.bytes_out),
-            f"{server.clients:,}",
-            f"{server.replicas:,}",
             style="red" if share > 0.9 or server.evicted else None,
         )
     return table

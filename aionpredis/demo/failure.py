@@ -11,11 +11,11 @@ class DemoFailed(AionpredisError):
     """A simulator ended too early, or not at all."""
 
 
-def cause_of(error: BaseException) -> AionpredisError | None:
-    """The error of this package that a task group, or nested ones, raised; ``None`` if there is another among them."""
-    if isinstance(error, AionpredisError):
+def cause_of(error: BaseException, kinds: tuple[type[BaseException], ...] = (AionpredisError,)) -> BaseException | None:
+    """The error of these kinds that a task group, or nested ones, raised; ``None`` if there is another among them."""
+    if isinstance(error, kinds):
         return error
     if isinstance(error, BaseExceptionGroup):
-        causes = [cause_of(each) for each in error.exceptions]
+        causes = [cause_of(each, kinds) for each in error.exceptions]
         return None if None in causes else causes[0]
     return None

@@ -10,6 +10,7 @@ A connection about whose state there is any doubt is aborted: every request on i
 from __future__ import annotations
 
 import math
+import socket
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
@@ -319,6 +320,13 @@ class Connection:
         self._parser.pending.clear()
         for reply in self._waiting:  # also those whose replies were complete when the bytes behind them made no sense
             reply.waiter.wake()
+
+    def detach(self) -> socket.socket:
+        """The bare socket, blocking, from now on the caller's. Nothing may be outstanding; this connection is closed."""
+        self.lost = ConnectionLost("its socket was taken away")
+        self._ready.closing()
+        self._sock.raw.setblocking(True)
+        return self._sock.raw
 
     def close(self) -> None:
         """Close at once. Requests that are still outstanding fail with :class:`ConnectionLost`."""
