@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,8 +19,8 @@ __all__ = ["half_blocks", "pixels", "png"]
 LEAST = 8
 """Rows and columns of an image."""
 
-MOST = 4096
-"""Rows and columns of an image; of more, every second one is left out, or more of them."""
+MOST = 1 << 24
+"""Numbers of all images of a strip: 128 MB as float64. Of more, every second row and column is shown, or fewer."""
 
 FRAMES = 8
 """Images of a strip, from the first on."""
@@ -40,8 +41,9 @@ def pixels(array: NDArray[Any]) -> NDArray[np.uint8] | None:
     frames = _frames(array)
     if frames is None or min(frames.shape[1:3]) < LEAST:
         return None
-    step = -(-max(frames.shape[1:3]) // MOST)
-    frames = _bytes(frames[:FRAMES, ::step, ::step, :3])
+    frames = frames[:FRAMES, :, :, :3]
+    step = math.ceil(math.sqrt(frames.size / MOST))
+    frames = _bytes(frames[:, ::step, ::step])
     if frames.shape[3] == 1:
         frames = np.repeat(frames, 3, axis=3)
     padded = np.pad(frames, ((0, 0), (0, 0), (0, GAP), (0, 0)))
@@ -67,7 +69,8 @@ def _bytes(frames: NDArray[Any]) -> NDArray[np.uint8]:
     if frames.dtype == np.uint8 and frames.shape[3] > 1:
         return frames
     converted = plain(frames)
-    values = (frames if converted is None else converted).astype(np.float32)
+    with np.errstate(all="ignore"):  # a longdouble may be too large
+        values = (frames if converted is None else converted).astype(np.float64)
     finite = np.isfinite(values)
     low, high = float(values.min(where=finite, initial=np.inf)), float(values.max(where=finite, initial=-np.inf))
     if frames.shape[3] > 1 and low >= 0 and high <= 1:

@@ -66,7 +66,9 @@ def _times(array: NDArray[Any]) -> Statistics:
         if there.size:
             lows.append(there.min())
             highs.append(there.max())
-    return Statistics(array.size, nan, 0, str(min(lows)), str(max(highs))) if lows else Statistics(array.size, nan)
+    if not lows or np.datetime_data(array.dtype)[0] == "generic":  # which are times of no calendar
+        return Statistics(array.size, nan)
+    return Statistics(array.size, nan, 0, str(min(lows)), str(max(highs)))
 
 
 def _numbers(array: NDArray[Any]) -> Statistics:

