@@ -28,7 +28,6 @@ myst_heading_anchors = 4
 
 autodoc_member_order = "bysource"
 autodoc_default_options = {"members": True}
-autodoc_mock_imports = ["opentelemetry"]
 autodoc_typehints_format = "short"
 python_use_unqualified_type_names = True
 maximum_signature_line_length = 88
@@ -40,7 +39,8 @@ html_static_path = ["static"]
 html_css_files = ["site.css"]
 
 # The public name of a class that is called otherwise where it is defined.
-aionpredis.Run.__name__, aionpredis.Run.__module__ = "Run", "aionpredis"
+aionpredis.Run.__name__ = aionpredis.Run.__qualname__ = "Run"
+aionpredis.Run.__module__ = "aionpredis"
 
 
 def signatures(

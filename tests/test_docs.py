@@ -13,7 +13,9 @@ A Python block is run with the names of this package and a replay that holds som
 from __future__ import annotations
 
 import ast
+import html
 import inspect
+import json
 import math
 import os
 import re
@@ -291,6 +293,19 @@ def test_links_lead_somewhere(path: Path) -> None:
             page = path.parent / file if file else path
             assert page.exists(), target
             assert not anchor or anchor in anchors_of(page), target
+
+
+def test_pictures_of_results_are_those_of_the_figures() -> None:
+    """Names and medians stand in the pictures as text."""
+    cases = json.loads((ROOT / "bench" / "results" / "2026-11-22.json").read_text(encoding="utf-8"))["cases"]
+    page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    for name, case in cases.items():
+        assert f"(images/bench-{name}.svg)" in page
+        picture = (ROOT / "docs" / "images" / f"bench-{name}.svg").read_text(encoding="utf-8")
+        texts = [html.unescape(text) for text in re.findall(r"<text[^>]*>([^<]*)</text>", picture)]
+        for contender, figures in case["contenders"].items():
+            assert contender in texts, name
+            assert "rate" not in figures or f"{figures['rate']['median']:,.0f}" in texts, contender
 
 
 # The site
