@@ -7,8 +7,8 @@ entry they would stay for ever, and be read by nobody. Who added the entries kno
 from __future__ import annotations
 
 import logging
-from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from aionpredis import streams
@@ -27,7 +27,7 @@ ABSENT = -2
 """What ``PTTL`` says of a key that does not exist."""
 
 KEPT = 4096
-"""Entries that are remembered, of 190 bytes: at 1,000 transitions a second in chunks of 16, those of a minute. When a replica
+"""Entries that are remembered, of 160 bytes: at 1,000 transitions a second in chunks of 16, those of a minute. When a replica
 has heard nothing for so long (``repl-timeout``), servers themselves say that it does not follow."""
 
 TOGETHER = 64
@@ -45,7 +45,7 @@ class LastEntries:
         self._names = names
         self._lease_ms = lease_ms
         self._run = 0
-        self._entries: OrderedDict[bytes, int] = OrderedDict()  # packed commits, in the order of the log
+        self._entries: deque[tuple[bytes, int]] = deque(maxlen=KEPT)  # packed commits, in the order of the log
         self._changes = client.faults.changes
         self._late = False
 
@@ -55,16 +55,11 @@ class LastEntries:
         return self._client.faults.changes != self._changes or self._late
 
     def add(self, run: int, packed: bytes, entry: int) -> None:
-        """An entry that the server has added."""
-        entries = self._entries
+        """An entry that the server has added: 0.2 µs."""
         if run != self._run:
-            entries.clear()
             self._run = run
-        if packed in entries:
-            entries.move_to_end(packed)
-        elif len(entries) >= KEPT:
-            entries.popitem(last=False)
-        entries[packed] = entry
+            self._entries.clear()
+        self._entries.append((packed, entry))
 
     def sent(self, changes: int) -> None:
         """What was added lately was sent when ``Faults.changes`` was this: if it is another now, a server that is none any more
@@ -86,17 +81,25 @@ class LastEntries:
         while self.doubtful:
             changes = self._client.faults.changes
             self._changes, self._late = NEVER, False
-            lost = await self._lost(retry)
+            known: dict[bytes, int] = {}
+            for packed, entry in self._entries:
+                known.pop(packed, None)  # if it is there twice, the last one counts
+                known[packed] = entry
+            self._entries.clear()
             added = 0
-            for first in range(0, len(lost), TOGETHER):
-                added += await self._add_again(lost[first : first + TOGETHER], ended, retry)
+            try:
+                lost = await self._lost(known, retry)
+                for first in range(0, len(lost), TOGETHER):
+                    added += await self._add_again(known, lost[first : first + TOGETHER], ended, retry)
+            finally:
+                self._entries = deque([*known.items(), *self._entries], KEPT)
             self._changes = changes
             if added:
                 logger.warning("%s: %d entries that the log had lost were added again", self._names.name, added)
 
-    async def _lost(self, retry: Retry | None) -> list[bytes]:
+    async def _lost(self, known: Mapping[bytes, int], retry: Retry | None) -> list[bytes]:
         """Packed commits that are not in the log, in order."""
-        entries = list(self._entries.items())
+        entries = list(known.items())
         lost: list[bytes] = []
         for stop in range(len(entries), 0, -TOGETHER):
             some = entries[max(0, stop - TOGETHER) : stop]
@@ -109,34 +112,28 @@ class LastEntries:
             lost[:0] = gone
         return lost
 
-    async def _add_again(self, lost: Sequence[bytes], ended: bool, retry: Retry | None) -> int:
-        """Those of them that have data; how many."""
+    async def _add_again(self, known: dict[bytes, int], lost: Sequence[bytes], ended: bool, retry: Retry | None) -> int:
+        """Those of them that have data; how many. The others are forgotten."""
         keys = {packed: self._names.data(self._run, unpack(packed)) for packed in lost}
         left = dict(zip(lost, await self._ask([("PTTL", key) for key in keys.values()], retry), strict=True))
         present = [packed for packed in lost if left[packed] != ABSENT]
-        named: list[bytes] = []
+        replies: dict[bytes, Any] = dict.fromkeys(lost)
         if not ended:
             command = "XADD", self._names.log, "NOMKSTREAM", f"{self._run}-*", FIELD
             commands = [(*command, packed) for packed in present]
             added = await self._client.call_many(commands, repeatable=True, retry=retry)
-            for packed, value in zip(present, added, strict=True):
-                if isinstance(value, bytes):
-                    named.append(packed)
-                    self._entries[packed] = int(value.partition(b"-")[2])
-                    self._entries.move_to_end(packed)
-            _raise_first(value for value in added if not streams.is_stale(value))
-            self._client.counters.repeated += len(named)
-        for packed in {*lost} - {*named}:
-            self._entries.pop(packed, None)
-        unnamed = {*present} - {*named}
-        await self._ask(
-            [
-                # Its own failover may have taken a PERSIST from the data. Not before it is named.
-                *(("PERSIST", keys[packed]) for packed in named if left[packed] >= 0),
-                *(("PEXPIRE", keys[packed], self._lease_ms) for packed in unnamed),
-            ],
-            retry,
-        )
+            replies.update(zip(present, added, strict=True))
+        named = {packed: int(reply.partition(b"-")[2]) for packed, reply in replies.items() if isinstance(reply, bytes)}
+        refused = [packed for packed in lost if replies[packed] is None or streams.is_stale(replies[packed])]
+        # Not before they are named. A failover of theirs may have taken the PERSIST from the data.
+        persist = [("PERSIST", keys[packed]) for packed in named if left[packed] >= 0]
+        lend = [("PEXPIRE", keys[packed], self._lease_ms) for packed in refused if left[packed] != ABSENT]
+        await self._ask([*persist, *lend], retry)
+        for packed in (*named, *refused):
+            del known[packed]
+        known.update(named)  # they are the last ones now
+        self._client.counters.repeated += len(named)
+        _raise_first(value for packed, value in replies.items() if packed in known)
         return len(named)
 
     async def _ask(self, commands: Sequence[Sequence[Any]], retry: Retry | None) -> list[Any]:
