@@ -583,13 +583,13 @@ class Client:
 
         return Writer(self, max_inflight=max_inflight, copy=copy, ttl=ttl, codec=codec, replicas=replicas)
 
-    def replay(self, name: str, schema: Schema, **options: Any) -> Replay:
+    def replay(self, /, name: str, schema: Schema, **options: Any) -> Replay:
         """A replay: transitions from many actors for one or more learners. See :class:`aionpredis.Replay`."""
         from aionpredis.replay import Replay
 
         return Replay(self, name, schema, **options)
 
-    def policy(self, name: str, **options: Any) -> Policy:
+    def policy(self, /, name: str, **options: Any) -> Policy:
         """Published versions of a policy's weights. See :class:`aionpredis.Policy`."""
         from aionpredis.policy import Policy
 

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import anyio
 
-__all__ = ["run"]
+__all__ = ["backend_options", "run"]
 
 T = TypeVar("T")
 
 
 def run(main: Callable[..., Awaitable[T]], *arguments: object) -> T:
     """``anyio.run(main, *arguments)`` on uvloop, or on plain asyncio where uvloop is not installed (Windows)."""
+    return anyio.run(main, *arguments, backend_options=backend_options())
+
+
+def backend_options() -> dict[str, Any]:
+    """anyio's, for its asyncio backend."""
     try:
         import uvloop  # noqa: F401
     except ImportError:
-        return anyio.run(main, *arguments)
-    return anyio.run(main, *arguments, backend_options={"use_uvloop": True})
+        return {}
+    return {"use_uvloop": True}

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+import math
 import os
 import time
-from collections.abc import Awaitable, Generator
+from collections.abc import Awaitable, Callable, Generator
 from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -31,6 +32,7 @@ from aionpredis.replay.lag import Lag
 from aionpredis.replay.log import Begin, ChunkId, Names
 from aionpredis.replay.schema import Schema
 from aionpredis.retry import backoff
+from aionpredis.wire.ready import Soon
 
 if TYPE_CHECKING:
     from aionpredis.client import Client
@@ -77,6 +79,10 @@ class _Done:
     def __await__(self) -> Generator[Any, None, None]:
         return
         yield
+
+
+def _now(function: Callable[..., object], *arguments: object) -> None:
+    function(*arguments)
 
 
 class Actor:
@@ -140,8 +146,10 @@ class Actor:
         self._unawaited = False
         self._done = _Done()
         self._turn_ends = 0.0
+        self._turn_seconds = TURN_SECONDS
+        self._soon: Soon = _now
         self._rows = make_rows(schema, full=self._chunk_full, late=self._late, done=self._done)
-        self.append = self._rows.append
+        self.append: Callable[..., Awaitable[None]] = self._rows.append
         """``append(*, column=value, …) -> Awaitable[None]``: add one transition; keyword arguments as in the schema.
 
         Always ``await`` it. It copies the values, so observation buffers may be reused at once. A cancelled ``append``
@@ -156,6 +164,24 @@ class Actor:
                 (A full server is waited for, however long.)
             NotReplicated: fewer replicas than the replay wants have acknowledged it within that time.
         """
+
+    def append_from_thread(self, soon: Soon, wait: Callable[[Awaitable[None]], None]) -> Callable[..., None]:
+        """An ``append`` for another thread than the loop's, instead of this actor's own; for :mod:`aionpredis.blocking`.
+
+        It fills the buffers in that thread. A full one is handed over by ``soon(function, *arguments)``, which calls the
+        function in the loop some time; ``wait(awaitable)`` awaits it in the loop. Nobody else may call the actor meanwhile.
+        """
+
+        def full() -> None:
+            later = self._chunk_full()
+            if later is not self._done:
+                wait(later)
+
+        self._soon = soon
+        self._turn_seconds = math.inf  # the loop's tasks have another thread
+        self._rows = make_rows(self._schema, full=full, late=lambda **values: wait(self._late(**values)), done=None)
+        self.append = self._rows.append
+        return self._rows.append
 
     @property
     def stats(self) -> ActorStats:
@@ -293,7 +319,7 @@ class Actor:
             and not self._committer.over
             and not self._lag.is_behind(*self._committer.newest)
         ):
-            self._commit_current()
+            self._commit_current(self._soon)
             self._begin_chunk()
             return self._done
         self._unawaited = True
@@ -306,10 +332,10 @@ class Actor:
         """
         self._unawaited = False
         await anyio.lowlevel.checkpoint()
-        self._turn_ends = time.monotonic() + TURN_SECONDS
+        self._turn_ends = time.monotonic() + self._turn_seconds
         await self._next_chunk()
 
-    def _commit_current(self) -> None:
+    def _commit_current(self, soon: Soon = _now) -> None:
         """Hand the rows that are written to the committing task."""
         rows, buffer = self._rows.count(), self._current
         if buffer is None:
@@ -321,6 +347,9 @@ class Actor:
             self._free.append(buffer)
             return
         self._stats.appended += rows
+        soon(self._commit, buffer, rows, self.run.run)
+
+    def _commit(self, buffer: ChunkBuffer, rows: int, run: int) -> None:
         if self._committer.over:
             self._stats.stale += rows
             self._client.counters.stale += rows
@@ -328,7 +357,7 @@ class Actor:
             return
         chunk = ChunkId(self.incarnation, self._seq, rows, buffer.episode_ends(rows))
         self._seq += 1
-        self._committer.commit(buffer, self.run.run, chunk)
+        self._committer.commit(buffer, run, chunk)
 
     def _settled(self, buffer: ChunkBuffer, rows: int, committed: bool) -> None:
         if committed:

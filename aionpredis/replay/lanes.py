@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import astuple
 from types import TracebackType
@@ -15,7 +15,9 @@ from aionpredis.errors import EncodeError
 from aionpredis.replay.actor import Actor, ActorStats
 from aionpredis.replay.log import Begin
 
-__all__ = ["VectorActor"]
+__all__ = ["VectorActor", "Where"]
+
+Where = Sequence[bool] | NDArray[np.bool_] | None
 
 
 class VectorActor:
@@ -25,27 +27,28 @@ class VectorActor:
     """
 
     def __init__(self, actors: Sequence[Actor]) -> None:
-        self._actors = actors
+        self.actors = actors
+        """One for each lane, in order."""
         self._stack = AsyncExitStack()
 
     @property
     def lanes(self) -> int:
-        return len(self._actors)
+        return len(self.actors)
 
     @property
     def run(self) -> Begin | None:
         """The run that is appended to; ``None`` before :meth:`join`, and after an error."""
-        runs = {actor.run for actor in self._actors}
+        runs = {actor.run for actor in self.actors}
         return runs.pop() if len(runs) == 1 else None
 
     @property
     def stats(self) -> ActorStats:
         """The sum over all lanes."""
-        return ActorStats(*map(sum, zip(*(astuple(actor.stats) for actor in self._actors), strict=True)))
+        return ActorStats(*map(sum, zip(*(astuple(actor.stats) for actor in self.actors), strict=True)))
 
     async def __aenter__(self) -> VectorActor:
         await self._stack.__aenter__()
-        for actor in self._actors:
+        for actor in self.actors:
             await self._stack.enter_async_context(actor)
         return self
 
@@ -56,34 +59,44 @@ class VectorActor:
 
     async def join(self) -> Begin:
         """Go with all lanes to the newest run. Otherwise as :meth:`Actor.join`."""
-        for actor in self._actors:
+        for actor in self.actors:
             await actor.join()
         while self.run is None:  # one has begun meanwhile
-            newest = max(actor.run.run for actor in self._actors if actor.run is not None)
-            for actor in self._actors:
+            newest = max(actor.run.run for actor in self.actors if actor.run is not None)
+            for actor in self.actors:
                 if actor.run is None or actor.run.run < newest:
                     await actor.join()
         return self.run
 
-    async def append(self, where: Sequence[bool] | NDArray[np.bool_] | None = None, /, **values: Any) -> None:
-        """Add a transition to each lane, or to those ``where`` says so: each column with a leading axis, ``(lanes, *shape)``.
+    def rows(self, values: Mapping[str, Any], where: Where) -> Iterator[tuple[Actor, dict[str, Any]]]:
+        """What the lanes' actors have to append.
+
+        Raises:
+            EncodeError: a column has not one value for each lane, or ``where`` does not.
+        """
+        if where is not None and len(where) != len(self.actors):
+            raise EncodeError(f"where has {len(where)} values for {len(self.actors)} lanes")
+        for name, column in values.items():
+            if len(column) != len(self.actors):
+                raise EncodeError(f"column {name!r} has {len(column)} values for {len(self.actors)} lanes")
+        names = tuple(values)
+        for lane, (actor, row) in enumerate(zip(self.actors, zip(*values.values(), strict=True), strict=True)):
+            if where is None or where[lane]:
+                yield actor, dict(zip(names, row, strict=True))
+
+    async def append(self, where: Where = None, /, **values: Any) -> None:
+        """Add a transition to each lane, or to those that are true in ``where``: each column with a leading axis,
+        ``(lanes, *shape)``.
 
         Raises:
             EncodeError: a column has not one value for each lane (nothing was added), or one does not fit.
             TypeError, RunEnded, ConnectionLost, ConnectError, ServerError, NotReplicated: as for :attr:`Actor.append`.
                 Lanes before the one that raises have theirs.
         """
-        if where is not None and len(where) != len(self._actors):
-            raise EncodeError(f"where= says it of {len(where)} lanes; there are {len(self._actors)}")
-        for name, column in values.items():
-            if len(column) != len(self._actors):
-                raise EncodeError(f"column {name!r} has {len(column)} values for {len(self._actors)} lanes")
-        names = tuple(values)
-        for lane, row in enumerate(zip(*values.values(), strict=True)):
-            if where is None or where[lane]:
-                await self._actors[lane].append(**dict(zip(names, row, strict=True)))
+        for actor, row in self.rows(values, where):
+            await actor.append(**row)
 
     async def flush(self) -> None:
         """Return when all that was appended is acknowledged. Otherwise as :meth:`Actor.flush`."""
-        for actor in self._actors:
+        for actor in self.actors:
             await actor.flush()
