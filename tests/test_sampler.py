@@ -316,7 +316,7 @@ async def test_lanes_that_had_no_transition_are_left_out(url: str) -> None:
                 rows = [row(NARROW, 100 * lane + step) for lane in range(actor.lanes)]
                 columns = {name: np.stack([one[name] for one in rows]) for name in NARROW}
                 await actor.append(np.arange(3) != step % 3, **columns)
-            with pytest.raises(EncodeError, match="2 lanes; there are 3"):
+            with pytest.raises(EncodeError, match="where has 2 values for 3 lanes"):
                 await actor.append([True, True], **columns)
         uids = np.concatenate([batch["uid"] async for batch in await replay.epoch()])
         assert sorted(uids.tolist()) == [

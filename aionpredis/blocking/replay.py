@@ -10,6 +10,7 @@ from aionpredis.blocking.facade import Entered, Facade, Steps, in_loop, like, ma
 from aionpredis.blocking.loop import Loop
 from aionpredis.blocking.policy import Policy
 from aionpredis.replay import ActorStats, Position, ReadStats, Run, Sample, SampleStats, Schema
+from aionpredis.replay.lanes import Where
 from aionpredis.replay.log import LogReader
 from aionpredis.replay.reader import Arrays
 
@@ -124,8 +125,8 @@ class VectorActor(Entered[aionpredis.VectorActor]):
     flush = waits(aionpredis.VectorActor.flush)
 
     @like(aionpredis.VectorActor.append)
-    def append(self, /, **values: Any) -> None:
-        for actor, row in self._target.rows(values):
+    def append(self, where: Where = None, /, **values: Any) -> None:
+        for actor, row in self._target.rows(values, where):
             actor.append(**row)  # the thread's own, which waits
 
     @property
