@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -67,6 +68,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         return not on_cluster or (item.get_closest_marker("one_server") is None and "proxy" not in item.fixturenames)
 
     items[:] = filter(fits, items)
+
+
+def pytest_collection_finish() -> None:
+    """What the collection of thousands of tests has made stays; the garbage collector need not look at it in each of them."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", params=["valkey", "redis", "cluster"])

@@ -14,7 +14,7 @@ import pytest
 import redis
 
 import aionpredis
-from aionpredis import Client, Server
+from aionpredis import Client
 from aionpredis.errors import NotReplicated, ServerError, UsageError, WriteFailed
 
 from .cluster import Cluster, slot_of
@@ -100,6 +100,7 @@ async def test_nothing_counts_as_stored_before_the_replica_has_it(cluster: Clust
         assert await values(client, keys) == [1] * len(keys)
 
 
+@pytest.mark.one_loop("servers are killed, which takes seconds")
 async def test_nothing_acknowledged_is_lost_with_the_primary(cluster: Cluster) -> None:
     rng = random.Random()
     acknowledged: dict[str, int] = {}
@@ -165,6 +166,7 @@ async def test_what_is_redirected_is_waited_for_where_it_is_stored(cluster: Clus
             await writer.flush()
 
 
+@pytest.mark.one_loop("servers are killed, which takes seconds")
 @pytest.mark.parametrize("graceful", [True, False])
 async def test_writers_and_actors_with_replicas_begin_though_a_primary_has_just_been_replaced(
     cluster: Cluster, graceful: bool
@@ -215,15 +217,24 @@ async def test_items_that_reach_too_few_replicas_fail_and_the_writer_goes_on(clu
         assert await values(client, keys) == [2] * len(keys)
 
 
-async def test_too_few_replicas_are_noticed_when_a_writer_begins(url: str, server: Server, cluster: Cluster) -> None:
-    for place, asked, there in ((url, 1, 0), (cluster.url, 2, 1)):
-        async with aionpredis.connect(place) as client:
-            begin = time.monotonic()
-            with pytest.raises(NotReplicated, match=f"only {there} of {asked} replicas"):
-                async with client.writer(replicas=asked):
-                    pytest.fail("it was entered")
-            assert time.monotonic() - begin < 4  # not the retry_timeout of 30 s
-            assert not client._twins
+async def too_few_are_noticed(url: str, asked: int, there: int) -> None:
+    async with aionpredis.connect(url) as client:
+        begin = time.monotonic()
+        with pytest.raises(NotReplicated, match=f"only {there} of {asked} replicas"):
+            async with client.writer(replicas=asked):
+                pytest.fail("it was entered")
+        assert time.monotonic() - begin < 4  # not the retry_timeout of 30 s
+        assert not client._twins
+
+
+@pytest.mark.one_loop("a server that waits for its replicas, 2 s")
+async def test_no_replica_is_noticed_when_a_writer_begins(url: str) -> None:
+    await too_few_are_noticed(url, 1, 0)
+
+
+@pytest.mark.one_loop("a server that waits for its replicas, 2 s")
+async def test_too_few_replicas_are_noticed_when_a_writer_begins(cluster: Cluster) -> None:
+    await too_few_are_noticed(cluster.url, 2, 1)
 
 
 async def test_the_right_to_wait_is_needed_and_the_error_names_it(url: str, stock: redis.Redis) -> None:
@@ -237,6 +248,7 @@ async def test_the_right_to_wait_is_needed_and_the_error_names_it(url: str, stoc
         stock.execute_command("ACL", "DELUSER", "half")  # type: ignore[no-untyped-call]
 
 
+@pytest.mark.one_loop("servers are killed, which takes seconds")
 async def test_one_primary_with_a_replica_that_sentinels_watch(sentinels: Sentinels) -> None:
     keys = [f"k{i}" for i in range(100)]
     async with aionpredis.connect(sentinels.url) as client:

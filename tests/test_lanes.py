@@ -263,6 +263,7 @@ async def test_a_server_that_stays_away_fails_its_own_items_only(cluster: Cluste
         assert await client.exists(*(key for key in keys if key not in lost)) == len(keys) - len(lost)
 
 
+@pytest.mark.one_loop("servers are killed, which takes seconds")
 async def test_a_primary_is_killed_while_it_is_written_to(cluster: Cluster) -> None:
     dead = cluster.primaries()[0]
     keys = [f"k{i}" for i in range(90)]

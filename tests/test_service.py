@@ -57,6 +57,7 @@ async def port_dialed(made: Dialer) -> int:
 # --- failovers -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.one_loop("servers are killed, which takes seconds")
 async def test_client_goes_on_when_the_primary_is_killed(sentinels: Sentinels) -> None:
     async with aionpredis.connect(sentinels.url, retry_timeout=20) as client:
         assert client.url == sentinels.url
@@ -76,6 +77,7 @@ async def test_client_goes_on_when_the_primary_is_killed(sentinels: Sentinels) -
         assert client.stats().reconnects == 1
 
 
+@pytest.mark.one_loop("servers are killed, which takes seconds")
 async def test_client_goes_on_when_roles_are_swapped(sentinels: Sentinels) -> None:
     async with aionpredis.connect(sentinels.url, retry_timeout=20) as client:
         await client.set("k", ARRAY)
