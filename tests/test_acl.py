@@ -7,7 +7,7 @@ import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import anyio
 import numpy as np
@@ -21,6 +21,7 @@ from aionpredis.replay import runs
 from aionpredis.replay.chunk import ChunkBuffer
 from aionpredis.replay.commit import Committer
 from aionpredis.replay.log import ChunkId, Names
+from aionpredis.replay.observer import Observer
 
 from .strategies import equal
 
@@ -33,6 +34,8 @@ SCHEMA = Schema(state=("uint8", (64, 64)), reward="float32", terminated="bool")
 """``state`` is large enough for a column of its own, which a sampler does not receive with the others."""
 WEIGHTS = {"w": np.ones(3, np.float32)}
 CHUNK = 2
+
+T = TypeVar("T")
 
 
 def rules_of(text: str) -> dict[str, list[str]]:
@@ -258,9 +261,25 @@ async def write(stage: Stage, client: Client) -> None:
     assert await client.delete("frames:a", "frames:b") == 1
 
 
+class Insisting(Observer):
+    """Leaves nothing out."""
+
+    async def _may(self, asked: Awaitable[T], otherwise: T) -> T:
+        return await asked
+
+
+async def look(stage: Stage, client: Client) -> None:
+    await stage.begin(3 * CHUNK)
+    await stage.begin(2 * CHUNK)
+    view = await Insisting(client, NAME).look()
+    assert view.run is not None
+    assert (view.run.transitions, len(view.older), view.denied) == (2 * CHUNK, 1, [])
+
+
 WORK: dict[str, Callable[[Stage, Client], Awaitable[None]]] = {
     "actor": act,
     "learner": learn,
+    "looker": look,
     "reader": read,
     "trainer": train,
     "watcher": watch,
@@ -311,7 +330,9 @@ async def test_each_right_is_needed_and_the_error_names_it(url: str, users: redi
                     assert "NOPERM" in str(error), missing
                     assert error.command, missing
                     assert f"needs +{error.command.lower().replace(' ', '|')}" in str(error), missing
-                    assert error.key or error.command in {"TIME", "MULTI", "EXEC", "UNWATCH", "MGET"}, str(error)
+                    assert error.key or error.command in {"TIME", "MULTI", "EXEC", "UNWATCH", "MGET", "INFO"}, str(
+                        error
+                    )
             else:
                 needless.append(missing)
     assert needless == []

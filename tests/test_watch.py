@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import pty
@@ -18,11 +19,13 @@ import anyio
 import numpy as np
 import pytest
 import redis
+from rich.console import Console
 
 import aionpredis
 from aionpredis import Client
+from aionpredis.cli.watch import Trouble, render
 from aionpredis.errors import AionpredisError, ServerError
-from aionpredis.replay.observer import Observer, View
+from aionpredis.replay.observer import ActorView, Observer, ReaderView, RunView, ServerView, View
 from aionpredis.server import Server
 
 from .cluster import Cluster, slot_of
@@ -199,7 +202,7 @@ async def test_what_the_user_may_not_look_at_is_left_out(url: str, stock: redis.
             assert (view.run.transitions, view.run.nbytes) == (8, None)
             assert (view.policy, view.servers) == (0, [])
             assert [actor.name for actor in view.actors] == [""]
-            assert len(view.denied) == 7
+            assert len(view.denied) == 6
             assert all("the user's ACL needs +" in reason for reason in view.denied)
             with pytest.raises(ServerError, match="xinfo"):
                 await Observer(client, "other").look()
@@ -266,6 +269,35 @@ async def test_it_goes_on_after_a_failover(cluster: Cluster) -> None:
         assert view.run is not None
         assert view.run.transitions == await replay.count() == 40
         assert len(view.servers) == 3
+
+
+# --- the picture -----------------------------------------------------------------------------------------------------
+
+
+def test_it_fits_the_terminal_and_leaves_no_actor_out_of_the_sums() -> None:
+    actors = [ActorView(f"{i:016x}", f"simulator-{i}", i, 16 * i, i // 9, float(i), 1.0) for i in range(500)]
+    run = RunView(1_795_400_296_674_586, time.time() - 90, 7, 124_750, 1_996_000, 12_345_678, 987_654_321_000)
+    view = View("r", time.time(), run, rate=124_750.0, older=[run], actors=actors, policy=7)
+    view.readers = [ReaderView("follow:0/1", 123_456, 7_890), ReaderView("consume:learners", 1, 1, 3, 100_000)]
+    view.servers = [
+        ServerView(f"redis://replay-{i}.example.org:6379", 10**10, 2**34, 0, 9, 1, 123_456, 10**9, 10**9)
+        for i in range(3)
+    ]
+    for height in (24, 60):
+        console = Console(width=80, height=height, file=io.StringIO(), color_system=None, highlight=False, markup=False)
+        for shown in (view, Trouble("r", view.at + 3, "no connection", view)):
+            console.file.seek(0)
+            console.file.truncate()
+            console.print(render(shown, height=height))
+            lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+            assert len(lines) <= max(height, 27)  # what is not actors has 26 here
+            assert max(map(len, lines)) <= 80
+            assert all("…" not in line.lstrip("…") for line in lines)  # only addresses, and where actors are left out
+            (rest,) = (line.split() for line in lines if " more " in line)
+            shown_rows = [line.split() for line in lines if line.startswith("simulator-")]
+            assert int(rest[1]) + len(shown_rows) == 500
+            total = sum(int(row[2].replace(",", "")) for row in shown_rows) + int(rest[4].replace(",", ""))
+            assert total == 16 * sum(range(500))
 
 
 # --- the command -----------------------------------------------------------------------------------------------------

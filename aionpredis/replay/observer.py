@@ -1,7 +1,7 @@
 """Looks at a replay from outside: what its log, its learners and its servers say. It never touches the data.
 
-The first look at a run reads its log, ~80 bytes a chunk and 0.3 µs of the server; each later one what came since then, and
-seven small commands, with one INFO for each primary.
+The first look at a run reads its log, ~80 bytes a chunk and 0.3 µs of the server: 0.3 s for a million chunks, and some seconds
+here. Each later one reads what came since then; with its dozen of small commands it takes the server 0.13 ms.
 """
 
 from __future__ import annotations
@@ -180,10 +180,13 @@ class _Tally:
     def _add(self, chunk: ChunkId, now: float | None) -> None:
         if self._entries and chunk.entry <= self._entries[-1]:
             return  # of a chunk that was committed again: its first entry is there, too
-        actor = self.actors.setdefault(chunk.incarnation, _Actor())
+        actor = self.actors.get(chunk.incarnation)
+        if actor is None:
+            actor = self.actors[chunk.incarnation] = _Actor()
         actor.chunks += 1
         actor.transitions += chunk.rows
-        actor.episodes += int.from_bytes(chunk.ends, "little").bit_count()
+        if chunk.ends:
+            actor.episodes += int.from_bytes(chunk.ends, "little").bit_count()
         actor.seen = now
         self.committed += chunk.rows
         self.transitions += chunk.rows
@@ -220,7 +223,7 @@ class _Tally:
 class Observer:
     """Looks at the replay ``name`` as often as :meth:`look` is called. It needs no schema.
 
-    What the user may not look at is left out: all but the log needs one more right each, see ``docs/terminal.md``.
+    What the user may not look at is left out. The rights for all of it: docs/security.md, "Looking on".
     """
 
     def __init__(self, client: Client, name: str) -> None:
@@ -281,7 +284,9 @@ class Observer:
         """The runs before this one that are there, the newest first. What they hold does not grow, so it is read once."""
         found: dict[tuple[int, bytes], _Tally] = {}
         log = self._names.log
-        while len(found) < MAX_RUNS:
+        first = await streams.page(self._client, log, "-", "+", 1)
+        # Backwards; but not beyond the first, whose search would take the server 37 ms in a log of a million entries.
+        while first and first[0][0][0] < run and len(found) < MAX_RUNS:
             command = "XREVRANGE", log, f"({run}-0", "-", "COUNT", 1
             entries = await self._may(self._client.call(*command, repeatable=True), [])
             if not entries:
