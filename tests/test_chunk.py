@@ -21,7 +21,7 @@ class Made:
         self.done: Any = object()
         self.full: Any = object()
         self.refused: list[dict[str, object]] = []
-        self.rows: Rows = make_rows(schema, full=lambda: self.full, late=self.late, done=self.done)  # type: ignore[arg-type]
+        self.rows: Rows = make_rows(schema, full=lambda: self.full, late=self.late, done=self.done)
         self.rows.switch(self.buffer.columns, length)
 
     def late(self, **values: object) -> Any:
