@@ -36,6 +36,7 @@ RELEASE_TESTS = ["tests/test_release.py", *ONE_LOOP]
 CLUSTER_TESTS = ["tests/test_discovery.py", *ONE_LOOP]
 SENTINEL_TESTS = ["tests/test_service.py", *ONE_LOOP]
 RECONNECT_TESTS = ["tests/test_reconnect.py", "-k", "missing or same_number", *ONE_LOOP[2:]]
+ENTRIES_TESTS = ["tests/test_entries.py", *ONE_LOOP]
 CLUSTER_REPLAY_TESTS = ["tests/test_cluster_replay.py", "-k", "valkey", "-n", "2"]
 TIMEOUT = 240
 """Seconds for one of them. All tests pass in a sixth of that."""
@@ -50,6 +51,7 @@ class Mutation(NamedTuple):
 
 
 COMMIT = "replay/commit.py"
+ENTRIES = "replay/entries.py"
 LOG = "replay/log.py"
 RUNS = "replay/runs.py"
 CONNECTION = "wire/connection.py"
@@ -178,8 +180,8 @@ MUTATIONS = [
         [
             (
                 COMMIT,
-                "                commit.repeated = True\n                self._queue(commit, _Step.KEEP)\n",
-                "                self._settle(commit, committed=True)\n",
+                "commit.packed, entry)\n                self._queue(commit, _Step.KEEP)\n",
+                "commit.packed, entry)\n                self._settle(commit, committed=True)\n",
             )
         ],
     ),
@@ -233,6 +235,26 @@ MUTATIONS = [
     Mutation(
         "a repeated commit of an ended run is not looked for",
         [(COMMIT, "_Step.FIND if commit.repeated else _Step.DROP", "_Step.DROP")],
+    ),
+    Mutation(
+        "entries that a failover took are not added again",
+        [(COMMIT, "if self._last.doubtful and any(", "if False and any(")],
+        ENTRIES_TESTS,
+    ),
+    Mutation(
+        "evicted entries come back after a fault",
+        [(ENTRIES, "if left[packed] != ABSENT]\n        replies", "]\n        replies")],
+        ENTRIES_TESTS,
+    ),
+    Mutation(
+        "data that no entry can name any more stay",
+        [(ENTRIES, "await self._ask([*persist, *lend], retry)", "await self._ask(persist, retry)")],
+        ENTRIES_TESTS,
+    ),
+    Mutation(
+        "new chunks overtake entries that are added again",
+        [(COMMIT, "return self._last.doubtful or (", "return (")],
+        ENTRIES_TESTS,
     ),
     Mutation(
         "a nil chunk's log entry is not looked at again",

@@ -14,7 +14,8 @@ import redis
 
 import aionpredis
 from aionpredis import Client, RunEnded
-from aionpredis.replay.entries import KEPT, TOGETHER
+from aionpredis.replay.entries import KEPT, TOGETHER, LastEntries
+from aionpredis.replay.log import ChunkId, Names, pack
 
 from .replays import (
     LEASE,
@@ -255,3 +256,21 @@ async def test_only_so_many_are_remembered(url: str, stock: redis.Redis) -> None
             await fill(actor, range(1))
             await actor.flush()
             assert numbers(stock) == [*range(50), *range(100, KEPT + 101)]
+
+
+async def test_what_a_replaced_server_says_afterwards_is_looked_at_again(url: str, stock: redis.Redis) -> None:
+    """Its last replies may be taken when the new one has been looked at already."""
+    async with aionpredis.connect(url) as client:
+        run = await replay_of(client).begin_run()
+        entries = LastEntries(client, Names("r"), b"500")
+        sent = client.faults.changes
+        client.counters.changes += 1  # another task has met the failover
+        await entries.restore()
+        chunk = ChunkId(b"actor123", 0, 1, b"")
+        stock.set(Names("r").data(run.run, chunk), b"data")
+        entries.add(run.run, pack(chunk), 1)
+        entries.sent(sent)
+        assert entries.doubtful
+        await entries.restore()
+        assert not entries.doubtful
+        assert numbers(stock) == [0]

@@ -1,9 +1,9 @@
 """Replay: transitions from many actors for one or more learners, through data keys and one commit log.
 
 ``schema`` the columns · ``chunk`` the buffers · ``log`` the commits · ``runs`` begin and delete · ``actor`` and ``lanes``
-write, ``commit`` sends, ``lag`` holds back · ``reader`` reads whole chunks · ``sampler`` draws transitions, by a
-``selection`` from an ``index``, and ``fetch``es them · ``checkpoint`` saves and restores · ``observer`` looks on. Built on
-the client alone; no code runs on the server.
+write, ``commit`` sends, ``entries`` come back after a failover, ``lag`` holds back · ``reader`` reads whole chunks ·
+``sampler`` draws transitions, by a ``selection`` from an ``index``, and ``fetch``es them · ``checkpoint`` saves and restores ·
+``observer`` looks on. Built on the client alone; no code runs on the server.
 """
 
 from __future__ import annotations
