@@ -106,9 +106,9 @@ def start() -> Iterator[Start]:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def checked(path: Path, *, runs: int, transitions: int) -> dict[str, Any]:
+def checked(output: str, *, runs: int, transitions: int) -> dict[str, Any]:
     """The JSON, with what must hold of any demo."""
-    facts: dict[str, Any] = json.loads(path.read_text())
+    facts: dict[str, Any] = json.loads(output)
     assert facts["lost"] == facts["duplicates"] == facts["leftover_keys"] == 0
     assert facts["acknowledged"] == facts["read"] == sum(run["transitions"] for run in facts["runs"])
     assert facts["stale"] >= 0
@@ -124,34 +124,36 @@ def checked(path: Path, *, runs: int, transitions: int) -> dict[str, Any]:
 
 
 def test_counts_and_leaves_nothing(start: Start, tmp_path: Path) -> None:
-    demo = start(*SMALL, "--json", str(tmp_path / "demo.json"), "--plot", str(tmp_path / "demo.png"))
-    code, output, errors = demo.finish()
-    assert (code, errors) == (0, "")
+    demo = start(*SMALL, "--json", "--plot", str(tmp_path / "demo.png"))
+    code, output, said = demo.finish()
+    assert code == 0
     assert demo.is_gone()
-    facts = checked(tmp_path / "demo.json", runs=2, transitions=400)
+    facts = checked(output, runs=2, transitions=400)
     assert all(5 < run["mean_return"] < 100 for run in facts["runs"])
     assert facts["settings"]["env"] == "CartPole-v1"
-    assert "\nrun   1 " in output  # not a terminal: plain lines
-    assert "\x1b" not in output
-    assert f"{facts['acknowledged']:,}  acknowledged" in output
+    assert "\nrun   1 " in said  # not a terminal: plain lines
+    assert "\x1b" not in said
+    assert f"{facts['acknowledged']:,}  acknowledged" in said
     assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.skipif(find_spec("ale_py") is None, reason="ale-py is not installed")
-def test_pong(start: Start, tmp_path: Path) -> None:
+def test_pong(start: Start) -> None:
     small = ("--runs", "2", "--transitions", "150", "--simulators", "1", "--environments", "2")
-    demo = start("--env", "ALE/Pong-v5", *small, "--quiet", "--json", str(tmp_path / "pong.json"))
-    assert demo.finish() == (0, "", "")
-    checked(tmp_path / "pong.json", runs=2, transitions=150)
+    demo = start("--env", "ALE/Pong-v5", *small, "--quiet", "--json")
+    code, output, errors = demo.finish()
+    assert (code, errors) == (0, "")
+    checked(output, runs=2, transitions=150)
     assert demo.is_gone()
 
 
-def test_a_server_that_others_use_keeps_their_keys(start: Start, tmp_path: Path) -> None:
+def test_a_server_that_others_use_keeps_their_keys(start: Start) -> None:
     with Server() as server, redis.Redis.from_url(server.url) as stock:
         stock.set("theirs", "1")
-        demo = start(*SMALL, "--url", server.url, "--quiet", "--json", str(tmp_path / "demo.json"))
-        assert demo.finish() == (0, "", "")
-        checked(tmp_path / "demo.json", runs=2, transitions=400)
+        demo = start(*SMALL, "--url", server.url, "--quiet", "--json")
+        code, output, errors = demo.finish()
+        assert (code, errors) == (0, "")
+        checked(output, runs=2, transitions=400)
         assert stock.keys() == [b"theirs"]
 
 
@@ -242,7 +244,7 @@ def test_a_simulator_that_dies_is_noticed(start: Start) -> None:
         (["--env", "Pendulum-v1"], 1, "not Discrete"),
         (["--env", "NoSuch-v0"], 1, "cannot make the environment 'NoSuch-v0'"),
         (["--url", "unix:///nowhere.sock"], 1, "/nowhere.sock"),
-        (["--json", "/nowhere/demo.json"], 1, "/nowhere/demo.json: there is no such folder"),
+        (["--plot", "/nowhere/demo.png"], 1, "/nowhere/demo.png: there is no such folder"),
     ],
 )
 def test_errors_are_one_line(start: Start, options: list[str], code: int, message: str) -> None:

@@ -46,7 +46,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 def said(message: str, code: int) -> int:
     """The code, after this has been said on stderr."""
-    print(f"aionpredis: {message}", file=sys.stderr)
+    print(f"aionpredis: {message}", file=sys.stderr, flush=True)
     return code
 
 
@@ -113,7 +113,10 @@ def progress(what: str) -> Iterator[Callable[[int, int | None], None]]:
 
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     errors = Console(stderr=True)
-    with Progress(*columns, console=errors, transient=True, disable=not errors.is_terminal) as bar:
+    if not errors.is_terminal:
+        yield lambda done, total: None
+        return
+    with Progress(*columns, console=errors, transient=True) as bar:
         task = bar.add_task(what, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
 

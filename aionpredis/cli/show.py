@@ -53,6 +53,8 @@ def show(
         facts = entry.as_dict() | {"statistics": {name: found._asdict() for name, _, found in parts}}
         if len(parts) == 1 and "columns" not in facts:
             facts["statistics"] = parts[0][2]._asdict()
+        if index is not None:
+            facts["index"] = index
         if png is not None:
             facts["png"] = str(png)
         print_json(facts)

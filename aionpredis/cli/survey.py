@@ -30,9 +30,9 @@ MAX_HEAD = 64 << 10
 
 
 class Entry(NamedTuple):
-    """One key. ``kind``: array, record, compressed (by a codec that is not this package's), corrupt, or, of foreign ones,
-    what the server says (string, list, stream, …). ``stored``: bytes, None of foreign ones but strings. ``ttl``: seconds.
-    ``problem``: why it is corrupt.
+    """One key. ``kind``: array, record, compressed (by a codec that is not this package's), corrupt, forbidden (to this user),
+    or, of foreign ones, what the server says (string, list, stream, …). ``stored``: bytes, None of foreign ones but strings.
+    ``ttl``: seconds. ``problem``: why it is corrupt.
     """
 
     key: bytes
@@ -163,7 +163,9 @@ class Survey:
     async def _add(self, client: Client, found: list[tuple[bytes, Owned | None]]) -> None:
         sizes = await client.call_many([("STRLEN", key) for key, _ in found], repeatable=True)
         for (key, owned), size in zip(found, sizes, strict=True):
-            stored = 0 if _is_foreign(size) else int(size)
+            if isinstance(size, ServerError) and not _is_foreign(size):
+                raise size
+            stored = 0 if isinstance(size, ServerError) else int(size)
             if owned is not None:
                 self.groups.setdefault(owned.name, Group(owned.name)).add(owned, key, stored)
                 continue
@@ -223,10 +225,15 @@ async def look(client: Client, keys: Sequence[bytes]) -> list[Entry]:
         again = True
         stored, head, ttl = replies[3 * number : 3 * number + 3]
         while True:
+            if any(isinstance(reply, ServerError) and reply.code == "NOPERM" for reply in (stored, head, ttl)):
+                entries.append(Entry(key, "forbidden", None, None, None))
+                break
             if _is_foreign(stored) or _is_foreign(head):
                 kind = (await client.call("TYPE", key, repeatable=True)).decode()
                 if kind != "none":
-                    entries.append(Entry(key, kind, None, None, _seconds(ttl)))
+                    entries.append(
+                        Entry(key, kind, None, None, None if isinstance(ttl, ServerError) else _seconds(ttl))
+                    )
                 break
             for reply in (stored, head, ttl):
                 if isinstance(reply, ServerError):
@@ -266,7 +273,8 @@ def _entry(key: bytes, stored: int, head: bytes, ttl: float | None) -> Entry | i
 
 
 def _is_foreign(reply: object) -> bool:
-    return isinstance(reply, ServerError) and reply.code == "WRONGTYPE"
+    """No string, or none of what this user may read."""
+    return isinstance(reply, ServerError) and reply.code in ("WRONGTYPE", "NOPERM")
 
 
 def _seconds(ttl: int) -> float | None:

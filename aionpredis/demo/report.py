@@ -1,8 +1,7 @@
-"""What people and programs get to see: live progress, the final table, JSON, a plot."""
+"""What people and programs get to see: live progress, the final table, a plot."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
@@ -18,7 +17,7 @@ from rich.text import Text
 from aionpredis.demo.result import Result, RunResult
 from aionpredis.demo.settings import Settings
 
-__all__ = ["Report", "write_json", "write_plot"]
+__all__ = ["Report", "write_plot"]
 
 
 class Report:
@@ -138,10 +137,6 @@ def _table(runs: Sequence[RunResult]) -> Table:
 
 def _number(mean: float | None) -> str:
     return "–" if mean is None else f"{mean:.1f}"
-
-
-def write_json(path: Path, result: Result) -> None:
-    path.write_text(json.dumps(result.as_dict(), indent=2) + "\n", encoding="utf-8")
 
 
 def write_plot(path: Path, result: Result) -> None:
