@@ -22,7 +22,7 @@ from aionpredis.errors import ServerFull, UsageError
 from aionpredis.server import Server
 
 from .cluster import Cluster
-from .sentinel import Sentinels
+from .sentinel import SERVICE, Sentinels
 from .servers import free_port, make_server
 from .stock import stock_of
 
@@ -145,23 +145,34 @@ async def test_a_replica_and_what_its_primary_lacks_are_found(sentinels: Sentine
     name = next(name for name in found if name.startswith("min-"))
     assert name in ("min-replicas-to-write", "min-slaves-to-write")
     assert all(finding.level == "hint" for finding in found.values())
+    assert "down-after-milliseconds" not in found  # it is 500
+    for sentinel in sentinels.sentinels:
+        sentinel.call("SENTINEL", "SET", SERVICE, "down-after-milliseconds", 30_000)
+    try:
+        slow = (await findings_of(sentinels.url))["down-after-milliseconds"]
+        command = slow.how[0].partition("  #")[0].split()
+        for sentinel in sentinels.sentinels:
+            sentinel.call(*command)
+        assert "down-after-milliseconds" not in await findings_of(sentinels.url)
+    finally:
+        for sentinel in sentinels.sentinels:
+            sentinel.call("SENTINEL", "SET", SERVICE, "down-after-milliseconds", 500)
     (replica,) = (node for node in sentinels.servers if node is not sentinels.primary())
     found = await findings_of(f"redis://127.0.0.1:{replica.port}")
     assert found["role"].level == "problem"
     assert str(sentinels.primary().port) in found["role"].how[0]
 
 
-async def test_a_cluster_is_looked_at_as_a_whole(server: Server | Cluster, url: str) -> None:
-    if not isinstance(server, Cluster):
-        pytest.skip("one server")
-    found = await findings_of(url)
-    assert found["replicas"].level == "hint"
-    assert len(found["replicas"].servers) == len(set(found["replicas"].servers)) == 3
-    assert "cluster-node-timeout" not in found  # it is 1000
-    node = server.primaries()[0]
-    found = await findings_of(f"redis://127.0.0.1:{node.port}")
-    assert found["mode"].level == "problem"
-    assert "redis+cluster://" in found["mode"].how[0]
+@pytest.mark.one_server("servers of its own")
+async def test_a_cluster_is_looked_at_as_a_whole() -> None:
+    with Cluster(replicas=0) as cluster:
+        found = await findings_of(cluster.url)
+        assert found["replicas"].level == "hint"
+        assert len(found["replicas"].servers) == len(set(found["replicas"].servers)) == 3
+        assert "cluster-node-timeout" not in found  # it is 1000
+        found = await findings_of(f"redis://127.0.0.1:{cluster.ports[0]}")
+        assert found["mode"].level == "problem"
+        assert "redis+cluster://" in found["mode"].how[0]
 
 
 @pytest.mark.one_server("servers of its own")
@@ -206,6 +217,8 @@ RARE: list[tuple[Facts, str, str]] = [
     (Facts("u", info=INFO, config={"appendonly": "no", "save": ""}), "appendonly", "note"),
     (Facts("rediss://h", info=INFO), "connection", "note"),
     (Facts("u", info=INFO, skew=-3600.0), "clock", "hint"),
+    (Facts("u", info=INFO, service={"name": "s", "num-other-sentinels": 2}), "replicas", "hint"),
+    (Facts("u", info=INFO | {"connected_slaves": "1"}, service={"num-other-sentinels": 1}), "Sentinels", "hint"),
     (Facts("u", info=INFO, slow=3), "slow commands", "note"),
 ]
 

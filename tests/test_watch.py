@@ -29,7 +29,7 @@ from aionpredis.replay.observer import ActorView, Observer, ReaderView, RunView,
 from aionpredis.server import Server
 
 from .cluster import Cluster, slot_of
-from .replays import SCHEMA, data_keys, fill, replay_of
+from .replays import SCHEMA, data_keys, fill, kill_connections, replay_of
 from .servers import free_port, make_server, until
 
 pytestmark = [pytest.mark.anyio, pytest.mark.one_loop("what it reads is read by the client, which is tested on each")]
@@ -244,6 +244,31 @@ async def test_it_goes_on_after_a_restart_of_the_server(kind: str, tmp_path: Pat
                     await observer.look()
                 await anyio.to_thread.run_sync(server.start)
                 assert (await look(observer)).run is None
+
+
+@pytest.mark.one_server("what a failover does, without one")
+async def test_the_end_of_the_log_that_a_failover_has_lost_is_not_counted(url: str, stock: redis.Redis) -> None:
+    async with observed(url) as (client, observer):
+        replay = replay_of(client)
+        await replay.begin_run(WEIGHTS)
+        async with replay.actor() as actor:
+            await actor.join()
+            await fill(actor, range(40))
+        assert ((await observer.look()).run or pytest.fail("no run")).transitions == 40
+        entries: Any = stock.xrange("{r}:log")
+        stock.delete("{r}:log")
+        for entry, fields in entries[:6]:
+            stock.xadd("{r}:log", fields, id=entry)
+        kill_connections(stock)
+        while True:
+            try:
+                view = await observer.look()
+                break
+            except AionpredisError:  # the connection that was killed
+                pass
+        assert view.run is not None
+        assert view.run.transitions == await replay.count() == 20
+        assert sum(each.transitions for each in view.actors) == 20
 
 
 @pytest.mark.one_server("a cluster of its own")

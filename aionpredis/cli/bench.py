@@ -39,19 +39,15 @@ def bench(
     """
     need("rich")
     result = Bench()
-    with progress("measuring") as report:
-        until_done(lambda: result.run(url, shape, dtype, rounds, report), interrupted=lambda: _show(result, as_json))
-    _show(result, as_json)
-
-
-def _show(result: Bench, as_json: bool) -> str:
-    """Print what there is; returns what to say of it when there should be more."""
-    if as_json:
-        print_json(result.facts())
-    elif result.samples:
-        console().print(result.table())
-    count = min(map(len, result.samples.values()), default=0)
-    return f"after {count} complete round{'s' * (count != 1)}; what was written is deleted, or expires in 10 s"
+    try:
+        with progress("measuring") as report:
+            until_done(lambda: result.run(url, shape, dtype, rounds, report), interrupted=result.so_far)
+    finally:
+        if any(result.samples.values()):
+            if as_json:
+                print_json(result.facts())
+            else:
+                console().print(result.table())
 
 
 class Bench:
@@ -130,6 +126,11 @@ class Bench:
                 if number:
                     self.samples[name].append(sample)
                 report(done, total)
+
+    def so_far(self) -> str:
+        """What there is when it was interrupted."""
+        count = min(map(len, self.samples.values()), default=0)
+        return f"after {count} complete round{'s' * (count != 1)}; what was written is deleted, or expires in 10 s"
 
     def facts(self) -> dict[str, Any]:
         """As JSON."""

@@ -447,6 +447,36 @@ def _min_replicas(server: Server) -> Finding | None:
 
 
 @_check
+def _down_after(server: Server) -> Finding | None:
+    milliseconds, name = int(server.service.get("down-after-milliseconds", 0)), server.service.get("name")
+    if milliseconds <= 5000:
+        return None
+    why = "so long nobody is served before a successor is looked for; retry_timeout, 30 s, has to be longer than all of it"
+    how = [
+        f"SENTINEL SET {name} down-after-milliseconds 5000  # on each Sentinel",
+        f"sentinel down-after-milliseconds {name} 5000  # in their configuration files",
+    ]
+    return Finding("hint", "down-after-milliseconds", str(milliseconds), why, how)
+
+
+@_check
+def _sentinels(server: Server) -> Finding | None:
+    count = int(server.service.get("num-other-sentinels", 2)) + 1
+    if count >= 3:
+        return None
+    why = "three on different machines are the least that agree when one of them is gone with the primary"
+    return Finding("hint", "Sentinels", str(count), why)
+
+
+@_check
+def _successor(server: Server) -> Finding | None:
+    if not server.service or _redundant(server):
+        return None
+    why = "its Sentinels have nobody to take its place"
+    return Finding("hint", "replicas", "0", why, ["REPLICAOF <host> <port>  # on another server"])
+
+
+@_check
 def _cluster_state(server: Server) -> Finding | None:
     if not server.cluster:
         return None

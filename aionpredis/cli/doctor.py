@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from aionpredis.cli.common import AsJson, console, need, print_json, table_of, until_done
+from aionpredis.cli.common import AsJson, console, need, print_json, progress, table_of, until_done
 
 if TYPE_CHECKING:
     from aionpredis.cli.checks import Finding
@@ -43,7 +43,8 @@ def doctor(
     Exit code 1: there are problems.
     """
     need("rich")
-    report = until_done(lambda: _examine(url, shape, dtype))
+    with progress("looking and measuring"):
+        report = until_done(lambda: _examine(url, shape, dtype))
     if as_json:
         print_json(dataclasses.asdict(report) | {"ok": report.ok})
     else:

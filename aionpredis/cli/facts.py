@@ -44,6 +44,8 @@ class Server:
     config: Mapping[str, str] = field(default_factory=dict)
     cluster: Mapping[str, str] = field(default_factory=dict)
     kernel: dict[str, str] = field(default_factory=dict)
+    service: Mapping[str, Any] = field(default_factory=dict)
+    """What its Sentinels say of it."""
     denied: list[str] = field(default_factory=list)
 
     def number(self, name: str) -> int:
@@ -99,6 +101,7 @@ async def facts_of(client: Client, key: bytes) -> Server:
     server.slow = await may("SLOWLOG", "LEN") or 0
 
     connection = await shard.dialer.dial()
+    server.service = shard.dialer.service
     with connection.detach() as raw:
         server.is_unix = raw.family == getattr(socket, "AF_UNIX", None)
         # Who is connected to an address of his own machine comes from that address.

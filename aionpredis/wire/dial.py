@@ -14,6 +14,7 @@ import math
 import os
 import ssl
 import threading
+from collections.abc import Mapping
 from contextlib import suppress
 from numbers import Real
 from typing import Any
@@ -100,6 +101,11 @@ class Dialer:
     def database(self) -> int:
         """That connections are for."""
         return self._arguments.get("db") or 0
+
+    @property
+    def service(self) -> Mapping[str, Any]:
+        """What the Sentinels said of the service when it was dialled last; nothing if there are none."""
+        return {} if self._sentinels is None else self._sentinels.state
 
     def at(self, host: str, port: int) -> Dialer:
         """The same, to another server: its credentials, options and time-outs. TLS asks for that server's name."""

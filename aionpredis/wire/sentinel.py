@@ -36,6 +36,8 @@ class Sentinels:
             "protocol": 2,
         }
         self._first = source.sentinels[0]  # the last that knew
+        self.state: Mapping[str, Any] = {}
+        """What that one said of the service, as ``SENTINEL MASTERS`` has it."""
 
     def find(self) -> Address:
         """Where the primary is.
@@ -73,6 +75,7 @@ class Sentinels:
                 raise redis.ConnectionError(f"it watches {', '.join(map(repr, services)) or 'nothing'}")
             if not judge.check_master_state(state, source.service):
                 raise redis.ConnectionError(f"{state['ip']}:{state['port']} is down, or too few Sentinels agree")
+            self.state = state
             return source.force_ip or state["ip"], int(state["port"])
         except (ValueError, TypeError, LookupError, AttributeError):
             raise redis.ConnectionError("it answers SENTINEL MASTERS with something else") from None
