@@ -33,6 +33,7 @@ from numpy.typing import NDArray
 from redis import UsernamePasswordCredentialProvider
 
 import aionpredis
+import aionpredis.blocking
 from aionpredis import Replay, Run, RunEnded, Schema
 
 pytestmark = pytest.mark.anyio
@@ -256,9 +257,12 @@ def test_tutorial_on_a_server_with_one_more_simulator(url: str, tmp_path: Path) 
     with start(sys.executable, "simulator.py", folder=tmp_path, url=url) as simulator:
         try:
             lines = output_of(sys.executable, "trainer.py", folder=tmp_path, url=url).splitlines()
-            assert simulator.poll() is None  # it waits for the next run
+            looked = output_of(sys.executable, "-m", "aionpredis", "watch", "catch", "--once", folder=tmp_path, url=url)
+            assert simulator.poll() is None  # it plays on
         finally:
             simulator.kill()
+    assert re.search(r"\b3 actors\b", looked)
+    assert "catch " in output_of(sys.executable, "-m", "aionpredis", "ls", folder=tmp_path, url=url)
     (first, balls), (last, of_balls) = [map(int, re.findall(r"\d+", lines[number])[-2:]) for number in (0, -1)]
     assert last / of_balls > 0.5 > first / balls  # it has learned something
 
@@ -313,8 +317,13 @@ def test_pictures_of_results_are_those_of_the_figures() -> None:
 
 def test_reference_has_every_public_name() -> None:
     text = "".join(page.read_text(encoding="utf-8") for page in (ROOT / "docs" / "reference").glob("*.rst"))
-    described = set(re.findall(r"^\.\. auto(?:class|exception|function):: (\w+)$", text, re.MULTILINE))
-    assert described == {name for name in aionpredis.__all__ if not name.startswith("_")}
+    described = set(re.findall(r"^\.\. auto(?:class|exception|function):: ([\w.]+)$", text, re.MULTILINE))
+    public = {name for name in aionpredis.__all__ if not name.startswith("_")}
+    public |= {f"aionpredis.blocking.{name}" for name in aionpredis.blocking.__all__}
+    assert public <= described
+    modules = set(re.findall(r"^\.\. automodule:: ([\w.]+)$", text, re.MULTILINE))
+    frameworks = {path.stem for path in (ROOT / "aionpredis" / "frameworks").glob("[!_]*.py")}
+    assert {f"aionpredis.frameworks.{name}" for name in frameworks} <= modules
 
 
 SPHINX = ["furo", "myst_parser", "sphinx"]

@@ -14,12 +14,13 @@ T = TypeVar("T")
 
 
 class Loader(Steps[aionpredis.Loader[T], T], Entered[aionpredis.Loader[T]], Generic[T]):
-    """:class:`aionpredis.Loader` without async: keeps up to ``prefetch`` batches ready, of what a replay or a
-    policy iterates over::
+    """:class:`aionpredis.Loader` without async::
 
-    with blocking.Loader(replay.epoch(), prefetch=2) as batches:
-        for batch in batches:
-            train(batch)
+        with blocking.Loader(replay.epoch(), prefetch=2) as batches:
+            for batch in batches:
+                train(batch)
+
+    Keeps up to ``prefetch`` batches ready, of what a replay or a policy iterates over.
     """
 
     def __init__(self, batches: Steps[Any, T], *, prefetch: int = 2) -> None:
