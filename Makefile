@@ -1,4 +1,4 @@
-# make demo | test | check | bench | docs | fuzz | soak | soak-cluster | clean. Needs Python 3.11 or newer, nothing else: everything goes into .venv.
+# make demo | test | check | bench | docs | fuzz | soak | soak-cluster | dist | clean. Needs Python 3.11 or newer, nothing else: everything goes into .venv.
 
 PYTHON ?= python3
 VENV := .venv
@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # Without compiling what most runs never import, an installation takes half the time.
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
 
-.PHONY: demo test check bench docs fuzz soak soak-cluster clean
+.PHONY: demo test check bench docs fuzz soak soak-cluster dist clean
 
 demo: $(VENV)/.demo
 	$(BIN)/aionpredis demo
@@ -40,6 +40,12 @@ soak: $(VENV)/.develop
 soak-cluster: $(VENV)/.develop
 	$(BIN)/python -m tests.soak --cluster
 
+# The sdist, and the wheel that is made of it. tests/test_dist.py says what is in them.
+dist: $(VENV)/.dist
+	rm -rf dist
+	$(BIN)/python -m build --quiet
+	$(BIN)/twine check --strict dist/*
+
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .fuzz
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
@@ -60,6 +66,10 @@ $(VENV)/.develop: $(VENV)/.made pyproject.toml
 
 $(VENV)/.bench: $(VENV)/.made pyproject.toml
 	$(INSTALL) --editable '.[bench]'
+	@touch $@
+
+$(VENV)/.dist: $(VENV)/.made pyproject.toml
+	$(INSTALL) 'build>=1.2' 'twine>=6.1'
 	@touch $@
 
 $(VENV)/.docs: $(VENV)/.made pyproject.toml

@@ -17,8 +17,12 @@ from collections.abc import Callable, Iterable
 from typing import Any
 from urllib.parse import urlsplit
 
-from opentelemetry import metrics
-from opentelemetry.metrics import CallbackOptions, MeterProvider, Observation
+try:
+    from opentelemetry import metrics
+    from opentelemetry.metrics import CallbackOptions, MeterProvider, Observation
+except ModuleNotFoundError as missing:
+    hint = f'{missing}: aionpredis.telemetry needs it: pip install "aionpredis[otel]"'
+    raise ModuleNotFoundError(hint, name=missing.name) from None
 
 import aionpredis
 from aionpredis.client import Client

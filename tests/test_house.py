@@ -10,7 +10,6 @@ import pickle
 import re
 import subprocess
 import sys
-import tomllib
 from collections.abc import Iterable
 from pathlib import Path
 from types import ModuleType
@@ -98,16 +97,6 @@ def test_public_names_of_modules_exist(path: Path) -> None:
     names = getattr(module, "__all__", [])
     assert list(names) == in_order(names)
     assert [each for each in names if not hasattr(module, each)] == []
-
-
-def test_version() -> None:
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    assert project["version"] == aionpredis.__version__
-    assert f"## {aionpredis.__version__}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
-
-
-def test_package_is_typed() -> None:
-    assert (PACKAGE / "py.typed").exists()
 
 
 # What is imported
