@@ -299,7 +299,7 @@ class Client:
                 while asked < len(names) and not pipeline.full:
                     header, nbytes = self._last_loaded
                     size = len(header) + nbytes  # 0: nothing is known, so ask for one
-                    window = slice_keys(size) * len(topology.shards) if size else 1
+                    window = slice_keys(size, joined=joined) * len(topology.shards) if size else 1
                     for numbers in topology.groups([*range(len(names))[asked : asked + window]], names.__getitem__):
                         chosen = [names[number] for number in numbers]
                         command = values_command(chosen, joined=joined)
@@ -375,7 +375,7 @@ class Client:
         size = len(header) + sum(sizes)
         topology = self.topology
         joined = topology.joins_keys
-        window = slice_keys(size) * len(topology.shards)
+        window = slice_keys(size, joined=joined) * len(topology.shards)
         pipeline: Pipeline[list[int]] = Pipeline(self, immutable=immutable)
         asked = 0
         try:

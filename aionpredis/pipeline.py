@@ -123,6 +123,8 @@ class Pipeline(Generic[T]):
                             entry.submit(await self._client.connection(entry.key, immutable=self._immutable))
                     assert oldest.reply is not None
                     assert oldest.connection is not None
+                    if not oldest.reply.done:
+                        self._attend_others(oldest.connection)
                     await oldest.connection.wait(oldest.reply)
                     if oldest.reply.redirected:
                         reply, oldest.reply = oldest.reply, None  # asked for again if this fails
@@ -151,6 +153,12 @@ class Pipeline(Generic[T]):
         finally:
             if retry is not None:
                 retry.reset()
+
+    def _attend_others(self, connection: Connection) -> None:
+        if len(self._client.topology.shards) > 1:
+            for other in {entry.connection for entry in self._entries}:
+                if other is not None and other is not connection:
+                    other.attend()
 
     def _pop(self, oldest: _Entry[T], reply: Reply) -> tuple[Reply, T]:
         self._entries.popleft()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import anyio
 import anyio.to_thread
@@ -354,6 +355,31 @@ async def test_cancelled_mget_that_waits_for_one_server_writes_nothing_of_the_ot
         assert scope.cancelled_caught
         assert is_array(await client.get(keys[0]), 7)  # behind what was asked for before
         assert not out.any()
+
+
+async def test_what_others_send_is_received_while_one_server_is_waited_for(
+    cluster: Cluster, anyio_backend_name: str
+) -> None:
+    first, second = cluster.primaries()[:2]
+    slow = next(key for key in KEYS if cluster.owner(slot_of(key)) is first)
+    keys = [slow, *[key for key in KEYS if cluster.owner(slot_of(key)) is second][:20]]
+    async with aionpredis.connect(cluster.url) as client:
+        for key in keys:
+            await client.set(key, array(7))
+        out = np.zeros((len(keys), 100), np.int64)
+        before = client.stats().bytes_received
+        cluster.stop(first)
+        try:
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(partial(client.mget, keys, out=out))
+                if anyio_backend_name != "trio":  # there only tasks that wait receive
+                    with anyio.fail_after(1.2):  # later its replica takes over
+                        while client.stats().bytes_received - before < 20 * array(7).nbytes:
+                            await anyio.sleep(0.001)
+                cluster.cont(first)
+        finally:
+            cluster.cont(first)
+        assert (out == 7).all()
 
 
 async def test_keys_that_moved_to_a_server_that_is_gone_are_waited_for(cluster: Cluster) -> None:

@@ -19,6 +19,7 @@ import aionpredis
 from aionpredis.errors import ConnectionLost, OutcomeUnknown, ProtocolError, Stalled
 from aionpredis.requests import ValueReply, row_views
 from aionpredis.wire.connection import DEEP, MAX_SNAPSHOT, Connection
+from aionpredis.wire.ready import AnyioReadiness
 from aionpredis.wire.resp import MAX_BULK, Blob, Buffer, Reply, encode
 from aionpredis.wire.socket import PlainSocket, wrap
 from tests.predictions import rows_reply
@@ -481,6 +482,103 @@ async def test_command_that_is_not_repeatable_is_not_repeated(proxy: Proxy) -> N
                 error = unknown
         assert "whether it ran is not known" in str(error)
         assert int(await client.execute("INCR", "steps")) == 1
+
+
+# --- one of several connections --------------------------------------------------------------------------------------
+
+
+@asynccontextmanager
+async def pair() -> AsyncIterator[tuple[Connection, socket.socket]]:
+    """A connection, and its other end."""
+    ours, theirs = socket.socketpair()
+    connection = connection_on(ours)
+    try:
+        yield connection, theirs
+    finally:
+        connection.close()
+        theirs.close()
+
+
+async def arrives(connection: Connection, reply: Reply) -> None:
+    """By itself; on trio only tasks that wait receive."""
+    if isinstance(connection._ready, AnyioReadiness):
+        await connection.wait(reply)
+    with anyio.fail_after(5):
+        while not reply.done:
+            await anyio.sleep(0.001)
+
+
+async def test_attended_connection_receives_though_nobody_waits() -> None:
+    async with pair() as (connection, other):
+        first, second, third, fourth = [connection.submit(encode("PING"), Reply()) for _ in range(4)]
+        connection.attend()
+        connection.attend()
+        other.sendall(b"+1\r\n+2\r")
+        await arrives(connection, first)
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(connection.wait, second)  # now somebody does
+            await anyio.sleep(0.01)
+            connection.attend()
+            other.sendall(b"\n")
+        connection.attend()
+        other.sendall(b"+3\r\n+4\r\n")
+        await arrives(connection, fourth)
+        assert [reply.result() for reply in (first, second, third, fourth)] == [b"1", b"2", b"3", b"4"]
+
+
+async def test_attended_connection_sends_what_is_queued() -> None:
+    async with pair() as (connection, other):
+        replies = [connection.submit(encode("PING"), Reply()) for _ in range(DEEP + 2)]
+        ping = sum(map(len, encode("PING")))
+        assert len(other.recv(1 << 16)) == DEEP * ping
+        connection.attend()
+        other.sendall(b"+PONG\r\n" * DEEP)
+        await arrives(connection, replies[DEEP - 1])
+        assert len(other.recv(1 << 16)) == 2 * ping
+
+
+async def test_attended_connection_writes_nothing_for_who_went_away() -> None:
+    async with pair() as (connection, other):
+        out = np.zeros((1, 1000), np.uint8)
+        abandoned = connection.submit(encode("MGET", "a"), rows_reply(b"hdr", row_views(out)))
+        last = connection.submit(encode("PING"), Reply())
+        connection.attend()
+        connection.abandon(abandoned)
+        other.sendall(b"*1\r\n$1003\r\nhdr" + b"x" * 1000 + b"\r\n+PONG\r\n")
+        await arrives(connection, last)
+        assert not out.any()
+
+
+async def test_attended_connection_is_forgotten_by_the_loop_when_it_closes() -> None:
+    async with pair() as (connection, _):
+        connection.submit(encode("PING"), Reply())
+        connection.attend()
+        await anyio.sleep(0.001)
+        number = connection._sock.raw.fileno()
+        connection.close()
+        async with pair() as (successor, other):
+            assert successor._sock.raw.fileno() == number
+            reply = successor.submit(encode("PING"), Reply())
+            with anyio.fail_after(5):
+                async with anyio.create_task_group() as tasks:
+                    tasks.start_soon(successor.wait, reply)
+                    await anyio.sleep(0.01)
+                    other.sendall(b"+PONG\r\n")
+            reply = successor.submit(encode("PING"), Reply())
+            successor.attend()
+            connection.attend()  # closed as it is
+            other.sendall(b"+PONG\r\n")
+            await arrives(successor, reply)
+
+
+async def test_end_of_an_attended_connection_is_known_to_who_waits_later() -> None:
+    async with pair() as (connection, other):
+        reply = connection.submit(encode("PING"), Reply())
+        connection.attend()
+        other.close()
+        await anyio.sleep(0.01)
+        with pytest.raises(ConnectionLost):
+            await connection.wait(reply)
 
 
 # --- throughput's conditions -----------------------------------------------------------------------------------------

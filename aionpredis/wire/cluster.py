@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import random
 import time
+from binascii import crc_hqx
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import suppress
 from typing import TypeVar
@@ -29,6 +30,8 @@ __all__ = ["Cluster"]
 T = TypeVar("T")
 
 SLOTS = 16_384
+
+BRACE = ord("{")
 
 MAX_REDIRECTIONS = 16
 """Of one command in a row. More are a map that the servers do not agree on (yet)."""
@@ -78,8 +81,11 @@ class Cluster:
 
     def groups(self, items: list[T], key: Callable[[T], bytes]) -> list[list[T]]:
         groups: dict[Shard, list[T]] = {}
+        slots, first = self._slots, self.shards[0]
         for item in items:
-            groups.setdefault(self.shard(key(item)), []).append(item)
+            name = key(item)
+            slot = key_slot(name) if BRACE in name else crc_hqx(name, 0) % SLOTS  # in half of key_slot()'s time
+            groups.setdefault(slots[slot] or first, []).append(item)
         return list(groups.values())
 
     def each(self) -> list[bytes]:

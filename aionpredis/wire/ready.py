@@ -41,6 +41,14 @@ class Readiness(Protocol):
     def poke(self) -> None:
         """Wake the waiting task, if there is one, so that it looks again."""
 
+    def watch(self, callback: Callable[[], object]) -> None:
+        """Call this whenever bytes can be read, until :meth:`unwatch`; no task waits meanwhile. May be called again.
+
+        Where the loop calls nobody back it does nothing: who needs the bytes waits for them later.
+        """
+
+    def unwatch(self) -> None: ...
+
     def closing(self) -> None:
         """The socket is about to be closed: forget it."""
 
@@ -71,6 +79,7 @@ class AsyncioReadiness:
         self._loop = asyncio.get_running_loop()
         self._fd = sock.fileno()
         self._waiting: asyncio.Future[bool] | None = None
+        self._watched = False
 
     async def wait(self, *, write: bool, timeout: float) -> bool:
         loop, fd = self._loop, self._fd
@@ -97,7 +106,19 @@ class AsyncioReadiness:
         if self._waiting is not None:
             _settle(self._waiting, True)
 
+    def watch(self, callback: Callable[[], object]) -> None:
+        if not self._watched:
+            self._watched = True
+            self._loop.add_reader(self._fd, callback)
+
+    def unwatch(self) -> None:
+        if self._watched:
+            self._watched = False
+            if not self._loop.is_closed():
+                self._loop.remove_reader(self._fd)
+
     def closing(self) -> None:
+        self.unwatch()
         if self._waiting is not None:
             _settle(self._waiting, True)
             if not self._loop.is_closed():
@@ -165,6 +186,11 @@ class AnyioReadiness:
         if self._scope is not None:
             self._poked = True
             self._scope.cancel()
+
+    def watch(self, callback: Callable[[], object]) -> None:
+        """Nothing: only tasks wait."""
+
+    def unwatch(self) -> None: ...
 
     def closing(self) -> None:
         anyio.notify_closing(self._sock)
