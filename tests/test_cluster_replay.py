@@ -7,6 +7,7 @@ import time
 import warnings
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import ExitStack, asynccontextmanager
+from pathlib import Path
 
 import anyio
 import anyio.to_thread
@@ -266,6 +267,27 @@ async def test_too_few_replicas_are_an_error_at_once_and_later_after_the_time_to
             with anyio.fail_after(10), pytest.raises(NotReplicated):
                 await actor.flush()
             assert (actor.stats.acknowledged, actor.stats.stale) == (0, 1)
+
+
+async def test_a_restored_run_is_what_replicas_have_too(cluster: Cluster, tmp_path: Path) -> None:
+    async with aionpredis.connect(cluster.url, retry_timeout=1.0) as client:
+        replay = client.replay("r", SCHEMA, chunk=4, replicas=1)
+        await replay.begin_run()
+        async with replay.actor() as actor:
+            await actor.join()
+            for uid in range(40):
+                await actor.append(state=np.zeros(3, np.uint8), uid=uid, terminated=False)
+        await replay.save(tmp_path / "saved")
+        run = await replay.restore(tmp_path / "saved")
+        assert await replay.count(run) == 40
+        with pytest.raises(NotReplicated):
+            await client.replay("r", SCHEMA, chunk=4, replicas=2).restore(tmp_path / "saved")
+        assert await replay.latest_run() == run  # nothing was begun
+        for primary in cluster.primaries():
+            for replica in cluster.replicas(primary):
+                cluster.stop(replica)
+        with anyio.fail_after(20), pytest.raises(NotReplicated):
+            await replay.restore(tmp_path / "saved")
 
 
 async def test_chunks_spread_evenly_over_the_servers(cluster: Cluster) -> None:

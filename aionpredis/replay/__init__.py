@@ -12,6 +12,7 @@ import math
 import operator
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -84,7 +85,8 @@ class Replay:
     the same number for all actors and learners.
 
     ``replicas``: actors acknowledge a transition when so many replicas of each primary server have it, too (command ``WAIT``,
-    over connections of each actor's own): then a failover loses nothing of it. 0: when the primary has it.
+    over connections of each actor's own): then a failover loses nothing of it. So does :meth:`restore`. 0: when the primary has
+    it.
 
     ``empty``: makes the memory that batches are received into, ``empty(nbytes)`` as uint8, shape ``(nbytes,)``; for example
     pinned, for a GPU: :func:`aionpredis.frameworks.torch.pinned_empty`. It is used again once nobody refers to it.
@@ -503,11 +505,19 @@ class Replay:
             SchemaMismatch: it was saved with other columns; the message names one.
             RunEnded, ReplayGone: another trainer began a newer run meanwhile, or deleted the replay.
             ServerFull: the server had no room for one lease.
+            NotReplicated: fewer replicas than the replay wants have acknowledged it.
             RunConflict, ReplayError: as for :meth:`begin_run`.
         """
         saved = await checkpoint.look_through(Path(folder), self.name, self.schema)
-        run = await self.begin_run(saved.weights, keep=keep)
-        await saved.write(self._client, self._names, run.run, lease=self._lease, progress=progress)
+        async with AsyncExitStack() as stack:
+            sender = self._client
+            if self._replicas is not None:
+                sender = await stack.enter_async_context(sender.twin())
+                await self._replicas.check(sender.topology.shards)
+            run = await self.begin_run(saved.weights, keep=keep)
+            await saved.write(
+                sender, self._names, run.run, lease=self._lease, replicas=self._replicas, progress=progress
+            )
         return run
 
 

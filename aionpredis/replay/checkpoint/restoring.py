@@ -23,6 +23,7 @@ from aionpredis.replay.schema import Schema
 
 if TYPE_CHECKING:
     from aionpredis.client import Client
+    from aionpredis.replicas import Replicas
 
 __all__ = ["Saved", "look_through", "restore_any"]
 
@@ -66,8 +67,17 @@ class Saved:
                 f"{folder}: there are {self.transitions:,} transitions, replay.json says {facts['transitions']:,}"
             )
 
-    async def write(self, client: Client, names: Names, run: int, *, lease: float, progress: Progress | None) -> None:
-        """Commit all chunks to the run, as actors do.
+    async def write(
+        self,
+        client: Client,
+        names: Names,
+        run: int,
+        *,
+        lease: float,
+        replicas: Replicas | None,
+        progress: Progress | None,
+    ) -> None:
+        """Commit all chunks to the run, as actors do. ``replicas``: who has to have them; the client is a twin then.
 
         Raises:
             RunEnded, ReplayGone: a newer run has begun, the log was deleted.
@@ -79,7 +89,7 @@ class Saved:
             rows = max(chunk.rows for file in self._files for chunk in file.chunks)
             count = max(2, min(MAX_TRAVELLING, TRAVELLING_BYTES // self._schema.layout(rows).size))
             buffers = [ChunkBuffer(self._schema, rows) for _ in range(count)]
-            writing = _Writing(client, names, run, lease, buffers, report, self.transitions)
+            writing = _Writing(client, names, run, lease, replicas, buffers, report, self.transitions)
             await transfer(self._read(), writing.write)
 
     async def _read(self) -> AsyncGenerator[tuple[_File, Arrays]]:
@@ -96,11 +106,12 @@ class _Writing:
         names: Names,
         run: int,
         lease: float,
+        replicas: Replicas | None,
         buffers: list[ChunkBuffer],
         report: Progress,
         total: int,
     ) -> None:
-        self._committer = Committer(client, names, lease=lease, settled=self._settled)
+        self._committer = Committer(client, names, lease=lease, replicas=replicas, settled=self._settled)
         self._names = names
         self._run = run
         self._lease = lease
