@@ -32,6 +32,7 @@ pytest.importorskip("rich", reason='needs pip install "aionpredis[cli]"')
 from aionpredis.cli import app, values  # noqa: E402
 from aionpredis.codecs import Kind  # noqa: E402
 from aionpredis.errors import UsageError  # noqa: E402
+from aionpredis.replay.checkpoint import saving  # noqa: E402
 
 FRAME = np.arange(6400, dtype=np.uint16).reshape(80, 80)
 RECORD = {"state": np.arange(12, dtype=np.uint8).reshape(3, 4), "action": np.int64(2)}
@@ -52,8 +53,8 @@ class Terminal:
     def __init__(self, url: str) -> None:
         self.url = url
 
-    def __call__(self, *arguments: str, code: int = 0, stdin: bytes | None = None) -> Any:
-        done = runner().invoke(app, [*arguments, "--url", self.url], input=stdin)
+    def __call__(self, *arguments: str, code: int = 0, stdin: bytes | None = None, **environment: Any) -> Any:
+        done = runner().invoke(app, [*arguments, "--url", self.url], input=stdin, env=environment)
         assert done.exit_code == code, (done.stdout, done.stderr, done.exception)
         assert "Traceback" not in done.stderr
         if code:
@@ -243,16 +244,10 @@ def test_output_that_is_no_terminal_is_the_same_for_any_width(terminal: Terminal
 
     terminal.fill(fill)
     for arguments in (("ls",), ("show", "frame")):
-        outputs = set()
-        for width in ("20", "200"):
-            done = command(
-                *arguments, "--url", terminal.url, COLUMNS=width, TERM="xterm-256color", COLORTERM="truecolor"
-            )
-            output, errors = done.communicate(timeout=30)
-            assert (done.returncode, errors) == (0, "")
-            outputs.add(output)
-        assert len(outputs) == 1
-        assert "\x1b" not in outputs.pop()
+        narrow, wide = (terminal(*arguments, COLUMNS=width, TERM="xterm-256color") for width in ("20", "200"))
+        assert narrow.stdout == wide.stdout
+        assert "\x1b" not in narrow.stdout
+        assert narrow.stderr == ""
 
 
 # show
@@ -320,33 +315,19 @@ def test_png_has_the_pixels_of_the_array(terminal: Terminal, stock: redis.Redis,
     assert sorted(path.name for path in tmp_path.iterdir()) == ["rgb.png", "step.png"]
 
 
+COLOURS: Any = {"FORCE_COLOR": "1", "COLORTERM": "truecolor", "TERM": "xterm-256color"}
+"""What makes rich take any output for a terminal."""
+
+
 @pytest.mark.one_server("of the terminal")
 def test_show_draws_on_a_terminal(terminal: Terminal) -> None:
-    pty = pytest.importorskip("pty", reason="a terminal of this platform's is not known")
     terminal.fill(lambda client: client.set("rgb", np.full((16, 16, 3), (200, 100, 50), np.uint8)))
-    controller, other = pty.openpty()
-    process = subprocess.Popen(
-        [sys.executable, "-m", "aionpredis", "show", "rgb", "--url", terminal.url],
-        stdout=other,
-        stderr=subprocess.DEVNULL,
-        env=os.environ | {"TERM": "xterm-256color", "COLORTERM": "truecolor", "COLUMNS": "100"},
-    )
-    os.close(other)
-    output = b""
-    while True:
-        try:
-            piece = os.read(controller, 65536)
-        except OSError:  # Linux: the other end is closed
-            break
-        if not piece:
-            break
-        output += piece
-    os.close(controller)
-    assert process.wait() == 0
-    text = output.decode()
+    text = terminal("show", "rgb", **COLOURS).stdout
     assert text.count("▀") == 16 * 8
     assert "38;2;200;100;50" in text
     assert "48;2;200;100;50" in text
+    assert "▀" not in terminal("show", "rgb", **COLOURS, NO_COLOR="1").stdout
+    assert "▀" not in terminal("show", "rgb").stdout
 
 
 # get, put
@@ -535,7 +516,7 @@ def slow(function):
         return function(*arguments)
     return slower
 files.write_record = slow(files.write_record)
-files.read_record = slow(files.read_record)
+restoring.read_record = slow(restoring.read_record)
 from aionpredis.cli import main
 main()
 """
@@ -556,6 +537,43 @@ def test_ctrl_c_while_saving_leaves_nothing(terminal: Terminal, tmp_path: Path) 
     assert (process.returncode, output) == (130, "")
     assert errors == f"aionpredis: interrupted by SIGINT; nothing was left in {tmp_path}\n"
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.one_server("of the signal")
+def test_ctrl_c_while_restoring_says_how_much_there_is(
+    terminal: Terminal, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    terminal.fill(lambda client: fill_replay(client, count=8000))
+    folder = str(tmp_path / "saved")
+    monkeypatch.setattr(saving, "BUNDLE_BYTES", 1000)
+    terminal("save", "pong", folder)
+    process = subprocess.Popen(
+        [sys.executable, "-c", SLOW_FILES, "restore", folder, "other", "--url", terminal.url],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    until(lambda: any(each["chunks"] > 50 for each in terminal.json("ls", "other")["replays"]), "it has begun", 30)
+    process.send_signal(signal.SIGINT)
+    output, errors = process.communicate(timeout=30)
+    assert (process.returncode, output) == (130, "")
+    said = r"aionpredis: interrupted by SIGINT; the run that was begun has at least ([\d,]+) of 8,000 transitions: .*\n"
+    found = re.fullmatch(said, errors)
+    assert found is not None, errors
+    assert 0 < int(found[1].replace(",", "")) < 8000
+
+
+@pytest.mark.one_server("of the terminal")
+def test_long_work_shows_progress_on_a_terminal(terminal: Terminal, tmp_path: Path) -> None:
+    terminal.fill(lambda client: fill_replay(client, count=2000))
+    folder = str(tmp_path / "saved")
+    for what, arguments in {
+        "saving pong": ["save", "pong", folder],
+        "restoring saved": ["restore", folder],
+        "scanning": ["ls"],
+        "deleting": ["delete", "pong", "--yes"],
+    }.items():
+        assert what in terminal(*arguments, **COLOURS).stderr
 
 
 # serve
@@ -649,12 +667,15 @@ def test_no_server_is_one_line(arguments: list[str], monkeypatch: pytest.MonkeyP
     assert done.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
-def test_shells_complete_commands(shell: str) -> None:
-    done = command("--show-completion", shell, _TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION="1")
-    output, errors = done.communicate(timeout=30)
-    assert (done.returncode, errors) == (0, "")
-    assert "_COMPLETE" in output
+def test_shells_complete_commands_and_options() -> None:
+    for words, found in {"aionpredis s": {"save", "serve", "show"}, "aionpredis ls --li": {"--limit"}}.items():
+        environment = {
+            "_AIONPREDIS_COMPLETE": "complete_bash",
+            "COMP_WORDS": words,
+            "COMP_CWORD": str(len(words.split()) - 1),
+        }
+        done = runner().invoke(app, [], env=environment, prog_name="aionpredis")
+        assert (done.exit_code, set(done.stdout.split())) == (0, found)
 
 
 def test_help_imports_nothing_heavy() -> None:

@@ -51,7 +51,7 @@ def restore(
         work,
         url,
         as_json,
-        lambda done: f"the run that was begun has {done} transitions: restore again, which begins another one",
+        lambda done: f"the run that was begun has at least {done} transitions: restore again, which begins another one",
     )
 
 
