@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import anyio
@@ -12,6 +13,7 @@ import redis
 import aionpredis
 from aionpredis import (
     Client,
+    CorruptValue,
     Replay,
     ReplayError,
     ReplayGone,
@@ -23,7 +25,7 @@ from aionpredis import (
     streams,
 )
 from aionpredis.replay import runs
-from aionpredis.replay.log import Begin, Names
+from aionpredis.replay.log import Begin, Names, parse_begin
 from aionpredis.wire.connection import Connection
 
 from .replays import SCHEMA, data_keys, fill, kill_connections, log_entries, named_keys, replay_of, uids
@@ -38,6 +40,25 @@ async def write(replay: Replay, uids: range) -> Run:
         run = await actor.join()
         await fill(actor, uids)
     return run
+
+
+async def test_a_run_says_when_it_began_to_everybody(url: str) -> None:
+    before = int(time.time())
+    async with aionpredis.connect(url) as client:
+        run = await replay_of(client).begin_run()
+        assert run.begun is not None
+        assert before <= run.begun <= time.time()
+        assert await replay_of(client).latest_run() == run
+        await client.execute("XADD", NAMES.log, f"{run.run + 1}-0", "begin", "t", "policy", "0", "schema", "s")
+        assert ((await replay_of(client).latest_run()) or pytest.fail("no run")).begun is None  # nor need it
+
+
+@pytest.mark.parametrize("at", [b"", b"x", b"-1", b"1.5", b"%d" % 2**53, b"9" * 5000])
+def test_a_beginning_at_no_time_is_corrupt(at: bytes) -> None:
+    entry = {b"begin": b"t", b"policy": b"0", b"schema": b"s"}
+    assert parse_begin(NAMES, 7, entry | {b"at": b"1"}).begun == 1
+    with pytest.raises(CorruptValue, match="entry 7-0 does not begin a run"):
+        parse_begin(NAMES, 7, entry | {b"at": at})
 
 
 async def test_runs_count_up_and_the_newest_is_found(url: str) -> None:

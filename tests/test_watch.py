@@ -372,6 +372,17 @@ def test_json_is_a_line_for_each_look_and_ctrl_c_is_a_clean_end() -> None:
 
 
 @pytest.mark.one_server("the command")
+def test_who_reads_it_may_stop_reading(own_server: Server) -> None:
+    with started("r", "--url", own_server.url, "--json", "--interval", "0.05") as process:
+        line_of(process)
+        assert process.stdout is not None
+        process.stdout.close()
+        assert process.stderr is not None
+        assert process.stderr.read() == ""
+        assert process.wait(20) == 1
+
+
+@pytest.mark.one_server("the command")
 def test_live_picture_and_what_happens_to_the_server_meanwhile(own_server: Server) -> None:
     """On a terminal. The alternate screen is left at the end, and the cursor is there again."""
     ours, theirs = pty.openpty()

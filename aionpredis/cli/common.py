@@ -84,6 +84,10 @@ def until_done(
         cause = cause_of(error, (AionpredisError, OSError))
         if cause is None:
             raise
+        if isinstance(
+            cause, BrokenPipeError
+        ):  # who read stdout, `head` for one, has seen enough: typer ends it silently
+            raise cause from None
         fail(str(cause))
     return result
 
