@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import anyio
 import anyio.lowlevel
@@ -200,6 +200,40 @@ class Writer:
                 await self._until_settled(batch)
         self._report()
 
+    # --- for :mod:`aionpredis.blocking`: an item is encoded in one thread and accepted in the loop's ---------------------
+
+    @property
+    def failed(self) -> bool:
+        """Whether the next call raises :class:`WriteFailed`."""
+        return bool(self._failures)
+
+    def report(self) -> None:
+        """Raise it."""
+        self._report()
+
+    def encode_item(
+        self, encoder: Callable[[Any, Codec | None, Key], list[Buffer]], key: Key, value: Any, ttl: float | None
+    ) -> tuple[list[Buffer], int, bool]:
+        """The command that stores it, by ``encode_array`` or ``encode_record``; its bytes; whether its memory is the
+        caller's, who was promised a copy, so that it has to be stored before the call returns.
+        """
+        self._check_open()
+        options = self._options if ttl is None else ttl_options(ttl)
+        command = set_command(key_bytes(key), encoder(value, self._codec, key), options)
+        size = sum(map(len, command))
+        settle = self._copy and size > self._bound // 2
+        return ([b"".join(command)] if self._copy and not settle else command), size, settle
+
+    def has_room(self, size: int) -> bool:
+        """Whether so many bytes, besides those that are held, keep within the bound."""
+        return self._held + size <= self._bound
+
+    async def accept_item(self, key: Key, command: list[Buffer], size: int, *, settle: bool) -> None:
+        """Accept what was encoded."""
+        await self._borrow(key, command, size, settle=settle)
+
+    # --- how it is done ------------------------------------------------------------------------------------------------
+
     def _check(self, command: list[Buffer]) -> int:
         """The bytes of an item's command; raises what has to be said before it is accepted."""
         if self._closed or self._tasks is None:
@@ -247,7 +281,7 @@ class Writer:
 
     async def _accept(self, key: Key, command: list[Buffer], size: int) -> None:
         if not self._copy or size > self._bound // 2:
-            await self._borrow(key, command, size)
+            await self._borrow(key, command, size, settle=self._copy)
             return
         length = max(size, self._arena_size)
         waits = False
@@ -276,8 +310,8 @@ class Writer:
         self._held += length
         return Batch(lane, self._arenas.pop() if pooled else memoryview(bytearray(length)))
 
-    async def _borrow(self, key: Key, commands: list[Buffer], size: int) -> None:
-        """Accept without a copy. If a copy was promised, the call lasts until the bytes are stored."""
+    async def _borrow(self, key: Key, commands: list[Buffer], size: int, *, settle: bool) -> None:
+        """Accept without a copy. If a copy was promised (``settle``), the call lasts until the bytes are stored."""
         waits = False
         while True:
             slot, lane = await self._route(key)
@@ -287,7 +321,7 @@ class Writer:
             waits = True
             lane.close_batch()
             await self._wait_for_room()
-        if self._copy:
+        if settle:
             lane.close_batch()  # another task's snapshots
         batch = lane.current
         if batch is None:
@@ -300,7 +334,7 @@ class Writer:
         batch.size += size
         self._held += size
         self._latest[slot] = batch
-        if self._copy:
+        if settle:
             lane.close_batch()
             try:
                 await self._until_settled(batch)

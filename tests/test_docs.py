@@ -161,7 +161,15 @@ async def execute(block: Block, namespace: dict[str, Any]) -> None:
         await anyio.to_thread.run_sync(eval, code, namespace)
 
 
-@pytest.mark.parametrize("block", SNIPPETS, ids=str)
+FRAMEWORK = [
+    pytest.mark.one_server("the framework is the point, and takes its time"),
+    pytest.mark.one_loop("nor does the loop matter"),
+]
+
+
+@pytest.mark.parametrize(
+    "block", [pytest.param(block, marks=FRAMEWORK if block.needs else []) for block in SNIPPETS], ids=str
+)
 async def test_block_runs(url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], block: Block) -> None:
     for name in block.needs:
         pytest.importorskip(name, reason=f"{name} is not installed")
@@ -178,6 +186,7 @@ async def test_block_runs(url: str, tmp_path: Path, capsys: pytest.CaptureFixtur
             "provider": UsernamePasswordCredentialProvider("actor", "p@ssword"),
             "aionpredis": aionpredis,
             "anyio": anyio,
+            "blocking": aionpredis.blocking,
             "client": client,
             "folder": tmp_path / "checkpoint",
             "make_env": Environment,
@@ -186,8 +195,8 @@ async def test_block_runs(url: str, tmp_path: Path, capsys: pytest.CaptureFixtur
             "replay": replay,
             "run": run,
             "schema": SCHEMA,
-            "url": url,
             "train": Training(),
+            "url": url,
             "weights": WEIGHTS,
         }
         with anyio.fail_after(20):

@@ -36,8 +36,7 @@ class Client(Facade[aionpredis.Client]):
             loop.release(home)
             raise
         super().__init__(home, target, None)
-        # The loop is kept: its thread cannot be waited for by whoever happens to collect garbage.
-        self._forgotten = weakref.finalize(self, home.abandon, self._host)
+        self._forgotten = weakref.finalize(self, home.forget, self._host)
         self._forgotten.atexit = False
 
     def __enter__(self) -> Self:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import atexit
 import os
 import threading
+import weakref
 from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
 from types import TracebackType
@@ -37,7 +38,11 @@ class Loop:
 
     def __init__(self) -> None:
         self.users = 0
-        self._forked = False
+        self.forgotten: list[Host] = []
+        """Of these users, those that were garbage: who collects it may be any thread, and cannot wait for this one's end."""
+        self.forked = False
+        """Whether this process is a fork of the one that has the thread."""
+        self._forsaken: list[weakref.WeakMethod[Callable[[], None]]] = []
         self._ended = False
         self._lock = threading.Lock()  # whoever posts does so before the end, or is told so
         self._manager = start_blocking_portal("asyncio", backend_options())
@@ -92,12 +97,13 @@ class Loop:
         """Leave it, for this reason (type, exception, traceback); whether the exception is to be swallowed. In a process that
         was forked off meanwhile nothing happens: there it was never entered.
         """
-        return None if self._forked else self.call(host.leave, reason)
+        return None if self.forked else self.call(host.leave, reason)
 
-    def abandon(self, host: Host) -> None:
-        """Leave it, as if cancelled, and do not wait for that."""
+    def forget(self, host: Host) -> None:
+        """Leave it, as if cancelled, and do not wait for that: its client was collected."""
+        self.forgotten.append(host)
         with self._lock:
-            if not (self._forked or self._ended):
+            if not (self.forked or self._ended):
                 self._soon(host.abandon)
 
     def check(self) -> None:
@@ -105,7 +111,7 @@ class Loop:
         Raises:
             UsageError: there is no such thread.
         """
-        if self._forked:
+        if self.forked:
             raise UsageError(
                 "this was opened in another process, of which this one is a fork: call blocking.connect() again, here"
             )
@@ -115,16 +121,24 @@ class Loop:
     def end(self) -> None:
         """Cancel what runs, and end the thread."""
         with self._lock:
-            if self._forked or self._ended:
+            if self.forked or self._ended:
                 return
             self._soon(self._tasks.cancel_scope.cancel)
             self._ended = True
         self._manager.__exit__(None, None, None)
 
-    def forked(self) -> None:
-        """To be called in the child, which has no such thread; the lock may be held for ever."""
-        self._forked = True
+    def forsake_with(self, method: Callable[[], None]) -> None:
+        """Call this method (of an object that may be gone by then) in a fork."""
+        self._forsaken = [known for known in self._forsaken if known() is not None]
+        self._forsaken.append(weakref.WeakMethod(method))
+
+    def forsake(self) -> None:
+        """To be called in a fork, which has no such thread; the lock may be held for ever."""
+        self.forked = True
         self._lock = threading.Lock()
+        for known in self._forsaken:
+            if (method := known()) is not None:
+                method()
 
 
 class _Call(Generic[T]):
@@ -253,7 +267,7 @@ def release(loop: Loop) -> None:
     global _loop
     with _lock:
         loop.users -= 1
-        if loop is not _loop or loop.users:
+        if loop is not _loop or loop.users > len(loop.forgotten):
             return
         _loop = None
         loop.end()
@@ -273,7 +287,7 @@ def _after_fork() -> None:
     _lock = threading.Lock()  # another thread of the parent may have held it
     loop, _loop = _loop, None
     if loop is not None:
-        loop.forked()
+        loop.forsake()
 
 
 if hasattr(os, "register_at_fork"):

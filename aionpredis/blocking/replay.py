@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 import aionpredis
@@ -20,12 +20,16 @@ __all__ = ["Actor", "Batches", "Replay", "Sampler", "VectorActor"]
 def _append(loop: Loop, actor: aionpredis.Actor) -> Callable[..., None]:
     """An ``append`` in the caller's thread."""
 
-    async def later(awaitable: Awaitable[None]) -> None:
-        await awaitable
+    async def run(later: Coroutine[Any, Any, None]) -> None:
+        await later
 
-    def wait(awaitable: Awaitable[None]) -> None:
-        loop.call(later, awaitable)
+    def wait(later: Coroutine[Any, Any, None]) -> None:
+        try:
+            loop.call(run, later)
+        finally:
+            later.close()  # if it was not begun
 
+    loop.forsake_with(actor.forsake)
     return actor.append_from_thread(loop.post, wait)
 
 

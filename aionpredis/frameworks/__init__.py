@@ -17,6 +17,5 @@ def extra(name: str) -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            f'{error.name} is missing: pip install "aionpredis[{name}]"', name=error.name
-        ) from None
+        package = (error.name or "").partition(".")[0]
+        raise ModuleNotFoundError(f'{package} is missing: pip install "aionpredis[{name}]"', name=package) from None

@@ -10,12 +10,13 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from aionpredis import blocking
 from aionpredis.errors import EncodeError, UsageError
 from aionpredis.formats.npy import ml_dtype
 from aionpredis.frameworks import extra
@@ -25,11 +26,12 @@ from aionpredis.replay.sampler import Sample
 with extra("torch"):
     import torch
     from torch import Tensor
+    from torch.utils.data import IterableDataset, get_worker_info
 
 if TYPE_CHECKING:
     from aionpredis.replay.index import Ids
 
-__all__ = ["TensorSample", "Tensors", "as_arrays", "as_tensors", "pinned_empty"]
+__all__ = ["ReplayDataset", "TensorSample", "Tensors", "as_arrays", "as_tensors", "pinned_empty"]
 
 Arrays = Mapping[str, NDArray[Any]]
 
@@ -153,3 +155,43 @@ def _mark(device: torch.device) -> Any:
     anyway.
     """
     return torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
+
+
+class ReplayDataset(IterableDataset):
+    """What ``read`` reads, as tensors, for torch's ``DataLoader``. Each of its workers connects by itself::
+
+        def read(client, shard):
+            return client.replay("pong", schema).epoch(batch=256, shard=shard)
+
+
+        dataset = ReplayDataset("redis://trainer", read)
+        for batch in DataLoader(dataset, batch_size=None, num_workers=4):  # batches are made by the replay
+            train(batch["state"], batch["action"])
+
+    ``read``: gets a client of :mod:`aionpredis.blocking` and the worker's ``(i, n)``, and returns any reader or sampler;
+    with ``shard=`` each chunk goes to one of the workers. A function of a module, unless workers are forked. If runs may
+    begin meanwhile, have it read the run with a certain number: the newest may be another one for each worker.
+    ``shard``: this process among those that read together, such as ``(rank, world_size)``; its workers share what is its.
+    ``options``: for :func:`aionpredis.blocking.connect`.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        read: Callable[[blocking.Client, tuple[int, int]], Iterable[Arrays]],
+        *,
+        shard: tuple[int, int] = (0, 1),
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        self._url = url
+        self._read = read
+        self._shard = shard
+        self._options = options
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        worker = get_worker_info()
+        number, workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        index, learners = self._shard
+        with blocking.connect(self._url, **self._options) as client:
+            yield from Tensors(self._read(client, (index * workers + number, learners * workers)))

@@ -6,7 +6,7 @@ import copy
 import math
 import os
 import time
-from collections.abc import Awaitable, Callable, Generator
+from collections.abc import Awaitable, Callable, Coroutine, Generator
 from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -165,16 +165,16 @@ class Actor:
             NotReplicated: fewer replicas than the replay wants have acknowledged it within that time.
         """
 
-    def append_from_thread(self, soon: Soon, wait: Callable[[Awaitable[None]], None]) -> Callable[..., None]:
+    def append_from_thread(self, soon: Soon, wait: Callable[[Coroutine[Any, Any, None]], None]) -> Callable[..., None]:
         """An ``append`` for another thread than the loop's, instead of this actor's own; for :mod:`aionpredis.blocking`.
 
         It fills the buffers in that thread. A full one is handed over by ``soon(function, *arguments)``, which calls the
-        function in the loop some time; ``wait(awaitable)`` awaits it in the loop. Nobody else may call the actor meanwhile.
+        function in the loop some time; ``wait(coroutine)`` runs it in the loop. Nobody else may call the actor meanwhile.
         """
 
         def full() -> None:
             later = self._chunk_full()
-            if later is not self._done:
+            if not isinstance(later, _Done):
                 wait(later)
 
         self._soon = soon
@@ -182,6 +182,10 @@ class Actor:
         self._rows = make_rows(self._schema, full=full, late=lambda **values: wait(self._late(**values)), done=None)
         self.append = self._rows.append
         return self._rows.append
+
+    def forsake(self) -> None:
+        """Take no transition any more; for :mod:`aionpredis.blocking`, in a process that was forked off."""
+        self._rows.switch(dict.fromkeys(self._schema, np.empty(0)), 0)  # no row to write
 
     @property
     def stats(self) -> ActorStats:
@@ -299,7 +303,7 @@ class Actor:
         self._current = self._free.pop()
         self._rows.switch(self._current.columns, self._length)
 
-    def _late(self, **values: object) -> Awaitable[None]:
+    def _late(self, **values: object) -> Coroutine[Any, Any, None]:
         """There is no row to write."""
         if self.run is None:
             raise UsageError("no run to append to: `await actor.join()` first, and again after an error")
@@ -312,7 +316,7 @@ class Actor:
         await self._next_chunk()
         await self.append(**values)
 
-    def _chunk_full(self) -> Awaitable[None]:
+    def _chunk_full(self) -> _Done | Coroutine[Any, Any, None]:
         if (
             time.monotonic() < self._turn_ends
             and self._free

@@ -16,6 +16,7 @@ import pytest
         ("tensordict", "torch", "torch"),
         ("tensordict", "tensordict", "tensordict"),
         ("gymnasium", "gymnasium", "gymnasium"),
+        ("sb3", "stable_baselines3", "sb3"),
     ],
 )
 def test_missing_framework_is_named_with_its_extra(
@@ -24,7 +25,7 @@ def test_missing_framework_is_named_with_its_extra(
     for needed in ("torch", "gymnasium"):
         if needed != missing and module in ("tensordict", "sb3"):
             pytest.importorskip(needed)
-    for name in [name for name in sys.modules if name.startswith("aionpredis.frameworks.")]:
+    for name in [name for name in sys.modules if name.startswith(("aionpredis.frameworks.", f"{missing}."))]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, missing, None)
     with pytest.raises(

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import aionpredis
-from aionpredis import Replay, UsageError
+from aionpredis import Replay, UsageError, blocking
 
 gymnasium: Any = pytest.importorskip("gymnasium", reason="Gymnasium is not installed")
 
@@ -152,6 +152,28 @@ def test_append_is_called_with_each_transition() -> None:
         env.step(number)
     columns = {name: np.array([each[name] for each in seen]) for name in seen[0]}
     assert rows(columns) == expected(0, 2)
+
+
+def test_script_appends_as_it_steps(url: str) -> None:
+    make = [lambda lane=lane: Counting(lane) for lane in range(2)]
+    with blocking.connect(url) as client:
+        replay = client.replay("r", schema_of(Counting()), chunk=4)
+        replay.begin_run()
+        with replay.actor() as actor, replay.vector_actor(2) as vector_actor:
+            actor.join()
+            vector_actor.join()
+            env = Transitions(Counting(5), actor.append)
+            envs = VectorTransitions(SyncVectorEnv(make), vector_actor.append)
+            env.reset()
+            envs.reset()
+            numbers = np.zeros(2, np.int64)
+            for number in range(30):
+                if any(env.step(number)[2:4]):
+                    env.reset()
+                envs.step(numbers)
+                numbers += envs.live
+        found = sorted(row for batch in replay.epoch() for row in rows(batch))
+    assert found == expected(0, int(numbers[0])) + expected(1, int(numbers[1])) + expected(5, 30)
 
 
 class Shaped(gymnasium.Env):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from typing import Any
 
 import numpy as np
@@ -9,14 +10,16 @@ import pytest
 from numpy.typing import NDArray
 
 import aionpredis
-from aionpredis import EncodeError, Loader, Prioritized, Replay, Schema, UsageError
+from aionpredis import EncodeError, Loader, Prioritized, Replay, Schema, UsageError, blocking
 
 from ..replays import SCHEMA, fill, replay_of
 
 torch: Any = pytest.importorskip("torch", reason="torch is not installed")
 
+from torch.utils.data import DataLoader  # noqa: E402
+
 from aionpredis.frameworks import torch as frameworks  # noqa: E402
-from aionpredis.frameworks.torch import Tensors, TensorSample, as_arrays, as_tensors, pinned_empty  # noqa: E402
+from aionpredis.frameworks.torch import ReplayDataset, Tensors, TensorSample, as_arrays, as_tensors, pinned_empty  # noqa: E402
 from aionpredis.memory import REFERENCES_ARE_COUNTED, aligned_empty  # noqa: E402
 
 pytestmark = [
@@ -147,6 +150,101 @@ async def test_samples_keep_what_priorities_need(url: str) -> None:
         for number in range(40):
             sampler.update_priorities(np.array([number]), np.array([float(number == sample.ids[0])]))
         assert set((await anext(Tensors(sampler)))["uid"].tolist()) == {int(sample["uid"][0])}
+
+
+# Without async
+
+
+async def fill_replay(url: str, count: int) -> None:
+    async with aionpredis.connect(url) as client:
+        await filled(replay_of(client), count)
+
+
+def read_epoch(client: blocking.Client, shard: tuple[int, int]) -> Any:
+    return client.replay("r", SCHEMA, chunk=4).epoch(batch=32, shard=shard)
+
+
+def read_first_run(client: blocking.Client, shard: tuple[int, int]) -> Any:
+    replay = client.replay("r", SCHEMA, chunk=4)
+    run = replay.latest_run()
+    assert run is not None
+    return replay.follow(run.run - 1, batch=32, shard=shard)
+
+
+def read_samples(client: blocking.Client, shard: tuple[int, int]) -> Any:
+    return client.replay("r", SCHEMA, chunk=4).sampler(batch=16, shard=shard)
+
+
+def loader_of(url: str, read: Any, workers: int, **options: Any) -> Any:
+    """Its workers are forked. Where they are spawned the dataset is pickled, which it is here in any case."""
+    dataset = pickle.loads(pickle.dumps(ReplayDataset(url, read, **options)))
+    return DataLoader(
+        dataset, batch_size=None, num_workers=workers, multiprocessing_context="fork" if workers else None
+    )
+
+
+FORKS = pytest.mark.filterwarnings(
+    "ignore:.*multi-threaded, use of fork:DeprecationWarning",  # by Python 3.12, of any fork beside a thread
+    "ignore:This DataLoader will create:UserWarning",  # where there is one core
+)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@FORKS
+async def test_each_transition_comes_once_over_all_workers_of_a_loader(url: str, workers: int) -> None:
+    await fill_replay(url, 1000)
+    seen: list[int] = []
+    for tensors in loader_of(url, read_epoch, workers):
+        check(tensors)
+        seen += tensors["uid"].tolist()
+    assert sorted(seen) == list(range(1000))
+
+
+@FORKS
+async def test_a_run_is_followed_to_its_end_by_the_workers_of_two_processes(url: str) -> None:
+    await fill_replay(url, 500)
+    async with aionpredis.connect(url) as client:
+        await replay_of(client).begin_run(keep=2)
+    seen = []
+    for rank in range(2):
+        mine = [uid for tensors in loader_of(url, read_first_run, 2, shard=(rank, 2)) for uid in tensors["uid"]]
+        assert len(mine) > 100
+        seen += mine
+    assert sorted(seen) == list(range(500))
+
+
+@FORKS
+async def test_loader_of_samples_can_be_left(url: str) -> None:
+    await fill_replay(url, 500)
+    loader = iter(loader_of(url, read_samples, 2))
+    uids = set()
+    for _ in range(20):
+        sample = next(loader)
+        check(sample)
+        assert sample.weights.shape == sample.ids.shape == (16,)
+        uids |= set(sample["uid"].tolist())
+    assert len(uids) > 200
+    del loader
+
+
+@FORKS
+@pytest.mark.parametrize(("workers", "error"), [(0, aionpredis.ReplayGone), (1, RuntimeError)])
+async def test_an_error_of_a_worker_is_raised(url: str, workers: int, error: type[Exception]) -> None:
+    """By torch as a RuntimeError, with the text."""
+    with pytest.raises(error, match="no run of 'r' was begun"):
+        next(iter(loader_of(url, read_epoch, workers)))
+
+
+async def test_batches_of_blocking_readers_come_as_tensors(url: str) -> None:
+    await fill_replay(url, 100)
+    with blocking.connect(url) as client:
+        replay = client.replay("r", SCHEMA, chunk=4)
+        batches = list(Tensors(replay.epoch(batch=10)))
+        sample = next(iter(Tensors(replay.sampler(batch=10))))
+    assert sorted(uid for tensors in batches for uid in tensors["uid"].tolist()) == list(range(100))
+    for tensors in [*batches, sample]:
+        check(tensors)
+    assert isinstance(sample, TensorSample)
 
 
 # Devices

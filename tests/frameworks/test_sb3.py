@@ -1,0 +1,120 @@
+"""Stable-Baselines3: a model stores and samples in a replay, and its policy reaches others."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from aionpredis import UsageError, blocking
+
+torch: Any = pytest.importorskip("torch", reason="torch is not installed")
+gymnasium: Any = pytest.importorskip("gymnasium", reason="Gymnasium is not installed")
+sb3: Any = pytest.importorskip("stable_baselines3", reason="Stable-Baselines3 is not installed")
+
+from aionpredis.frameworks.gymnasium import schema_of  # noqa: E402
+from aionpredis.frameworks.sb3 import PublishPolicy, SharedReplayBuffer  # noqa: E402
+from aionpredis.frameworks.torch import as_tensors  # noqa: E402
+
+pytestmark = pytest.mark.one_server("what is received is the same")
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """torch's threads wait for each other by spinning, which takes ten times as long where others want the cores."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_model_learns_from_the_replay_that_it_fills(url: str, tmp_path: Path) -> None:
+    env = gymnasium.make("CartPole-v1", max_episode_steps=12)  # some episodes are truncated
+    with blocking.connect(url) as client:
+        replay = client.replay("cartpole", schema_of(env), chunk=4)
+        replay.begin_run()
+        with replay.vector_actor(1) as actor:
+            actor.join()
+            model = sb3.DQN("MlpPolicy", env, buffer_size=1, learning_starts=100, seed=0)
+            model.replay_buffer = SharedReplayBuffer(model, replay, actor)
+            before = {name: tensor.clone() for name, tensor in model.policy.state_dict().items()}
+            model.learn(400, callback=PublishPolicy(replay.policy, every=150))
+        (batch,) = replay.epoch(batch=400, shuffle=False)
+        newest = replay.policy.latest()
+    assert len(batch["reward"]) == 400
+    ends = batch["terminated"] | batch["truncated"]
+    assert batch["terminated"].any()
+    assert batch["truncated"].any()
+    assert not (batch["terminated"] & batch["truncated"]).any()
+    assert np.diff(np.flatnonzero(ends)).max() <= 12
+    assert (np.abs(batch["observation"][1:][ends[:-1]]) <= 0.05).all()  # where episodes begin
+    # CartPole's position moves with the velocity: observation, action and successor belong together.
+    moved = batch["observation"][:-1, 0] + 0.02 * batch["observation"][:-1, 1]
+    assert np.allclose(moved[~ends[:-1]], batch["observation"][1:, 0][~ends[:-1]], atol=1e-5)
+    assert newest is not None
+    assert newest.version == 3  # after 150 and 300 steps, and at the end
+    other = sb3.DQN("MlpPolicy", env, buffer_size=1)
+    other.policy.load_state_dict(as_tensors(newest.weights))
+    for name, tensor in model.policy.state_dict().items():
+        assert torch.equal(tensor, other.policy.state_dict()[name])
+    assert any(not torch.equal(tensor, before[name]) for name, tensor in model.policy.state_dict().items())
+    model.save(tmp_path / "model")
+
+
+def test_model_samples_what_others_have_appended(url: str) -> None:
+    env = gymnasium.make("Pendulum-v1")  # actions from -2 to 2, which models have from -1 to 1
+    with blocking.connect(url) as client:
+        replay = client.replay("pendulum", schema_of(env), chunk=4)
+        replay.begin_run()
+        model = sb3.SAC("MlpPolicy", env, buffer_size=1)
+        buffer = SharedReplayBuffer(model, replay, steps=2)
+        with replay.actor() as actor:
+            actor.join()
+            for number in range(40):
+                actor.append(
+                    observation=np.full(3, number, np.float32),
+                    action=np.array([number / 10 - 2], np.float32),
+                    reward=1.0,
+                    terminated=number % 20 == 19,
+                    truncated=False,
+                )
+        samples = buffer.sample(64)
+        assert buffer.sample(8).rewards.shape == (8, 1)
+    number = samples.observations[:, :1]
+    assert torch.allclose(samples.actions, (number / 10 - 2) / 2)
+    over = number % 20 >= 18
+    assert torch.equal(samples.dones, over.float())
+    assert torch.allclose(samples.rewards, torch.where(number % 20 == 19, 1.0, 1.99))
+    assert torch.allclose(samples.discounts, torch.where(over, 0.0, 0.99**2))
+    assert torch.equal(samples.next_observations[:, :1][~over], number[~over] + 2)
+
+
+def test_actions_are_stored_as_the_environment_takes_them(url: str) -> None:
+    env = gymnasium.make("Pendulum-v1")
+    with blocking.connect(url) as client:
+        replay = client.replay("pendulum", schema_of(env), chunk=4)
+        replay.begin_run()
+        with replay.vector_actor(1) as actor:
+            actor.join()
+            model = sb3.SAC("MlpPolicy", env, buffer_size=1)
+            buffer = SharedReplayBuffer(model, replay, actor)
+            for action in (-1.0, 0.0, 0.5):
+                observation = np.zeros((1, 3), np.float32)
+                buffer.add(observation, observation, np.full((1, 1), action), np.ones(1), np.zeros(1, bool), [{}])
+        (batch,) = replay.epoch(shuffle=False)
+    assert batch["action"][:, 0].tolist() == [-2, 0, 1]
+
+
+def test_what_does_not_fit_the_model_is_refused(url: str) -> None:
+    env = gymnasium.make("CartPole-v1")
+    model = sb3.DQN("MlpPolicy", env, buffer_size=1)
+    with blocking.connect(url) as client:
+        replay = client.replay("cartpole", schema_of(env))
+        with replay.vector_actor(2) as actor, pytest.raises(UsageError, match="2 lanes and the model 1"):
+            SharedReplayBuffer(model, replay, actor)
+        model.observation_space = gymnasium.spaces.Dict(a=env.observation_space)
+        with pytest.raises(UsageError, match="Dict"):
+            SharedReplayBuffer(model, replay)
