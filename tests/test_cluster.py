@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 import aionpredis
 from aionpredis import ConnectionLost, Redirected, ServerError, ServerUnavailable, streams
 from aionpredis.wire import resp
+from aionpredis.wire.cluster import _slot
 from aionpredis.wire.resp import Reply
 
 from .cluster import Cluster, slot_of
@@ -283,6 +284,11 @@ async def test_a_client_of_one_server_says_that_there_are_more(cluster: Cluster)
         assert caught.value.address == (owner.address, owner.port)
         assert caught.value.slot == slot_of(key)
         assert not caught.value.asks
+
+
+@given(st.text("{}ab").map(str.encode) | st.binary())
+def test_slots_are_those_of_redis_py(key: bytes) -> None:
+    assert _slot(key) == slot_of(key)
 
 
 @given(st.lists(st.lists(st.binary(max_size=2000), min_size=1, max_size=4), min_size=1, max_size=6))

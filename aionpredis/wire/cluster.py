@@ -31,8 +31,6 @@ T = TypeVar("T")
 
 SLOTS = 16_384
 
-BRACE = ord("{")
-
 MAX_REDIRECTIONS = 16
 """Of one command in a row. More are a map that the servers do not agree on (yet)."""
 
@@ -40,6 +38,13 @@ REFRESH_SECONDS = 0.1
 """The map is not asked for more often on account of slots that have moved: each of them was learned anyway."""
 
 _ASKING = resp.encode("ASKING")
+
+_BRACE = ord("{")
+
+
+def _slot(key: bytes) -> int:
+    """redis-py's ``key_slot()``; without braces in half of its time: 0.11 µs instead of 0.20."""
+    return key_slot(key) if _BRACE in key else crc_hqx(key, 0) % SLOTS
 
 
 class Cluster:
@@ -75,7 +80,7 @@ class Cluster:
         return next(self._readers[shard]) if immutable and shard in self._readers else shard
 
     def locate(self, key: bytes) -> tuple[int, Shard]:
-        slot = key_slot(key)
+        slot = _slot(key)
         # Of a slot that nobody serves any server says so, or who does by now.
         return slot, self._slots[slot] or self.shards[0]
 
@@ -83,9 +88,7 @@ class Cluster:
         groups: dict[Shard, list[T]] = {}
         slots, first = self._slots, self.shards[0]
         for item in items:
-            name = key(item)
-            slot = key_slot(name) if BRACE in name else crc_hqx(name, 0) % SLOTS  # in half of key_slot()'s time
-            groups.setdefault(slots[slot] or first, []).append(item)
+            groups.setdefault(slots[_slot(key(item))] or first, []).append(item)
         return list(groups.values())
 
     def each(self) -> list[bytes]:
