@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import copy
 import gc
 import inspect
@@ -20,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, assert_type
 
+import anyio
 import numpy as np
 import pytest
 import redis
@@ -408,15 +408,22 @@ def test_client_that_nobody_knows_any_more_is_closed(url: str, stock: redis.Redi
 
 
 @pytest.mark.one_server("loops are the point")
-def test_works_beside_a_loop_that_runs_in_the_same_thread(url: str) -> None:
+@pytest.mark.parametrize("kind", ["asyncio", "trio"])
+def test_works_beside_a_loop_that_runs_in_the_same_thread(url: str, kind: str) -> None:
     """As in Jupyter."""
 
     async def cell() -> int:
-        with blocking.connect(url) as client:
-            client.set("a", np.eye(2))
-            return client.exists("a")
+        with blocking.connect(url) as client, client.writer() as writer:
+            writer.put("a", np.eye(2))
+            replay = client.replay("r", SCHEMA)
+            replay.begin_run()
+            with replay.actor() as actor:
+                actor.join()
+                fill(actor, range(40))
+            with blocking.Loader(replay.epoch()) as loader:
+                return sum(len(batch["uid"]) for batch in loader)
 
-    assert asyncio.run(cell()) == 1
+    assert anyio.run(cell, backend=kind) == 40
 
 
 @pytest.mark.one_server("threads are the point")

@@ -94,12 +94,14 @@ def waits_for(
 
 
 def made(kind: type[F], method: Callable[Concatenate[Any, P], object]) -> Callable[Concatenate[Any, P], F]:
-    """A method that does no IO, whose result gets a facade of this kind."""
+    """A method that does no IO, whose result gets a facade of this kind. In the loop: what it makes may be bound to one, and
+    the caller's thread may have one of another kind.
+    """
+    make = in_loop(method)
 
     @functools.wraps(method)
     def call(self: Facade[Any], /, *arguments: P.args, **options: P.kwargs) -> F:
-        self._loop.check()
-        return kind(self._loop, method(self._target, *arguments, **options), self)
+        return kind(self._loop, make(self, *arguments, **options), self)
 
     return call
 

@@ -1,6 +1,6 @@
 """One module a case."""
 
-from bench.cases import cluster, codec, imports, large, latency, memory, policy, read, replay, sizes, write
+from bench.cases import blocking, cluster, codec, imports, large, latency, memory, policy, read, replay, sizes, write
 from bench.harness import Case
 
 CASES: dict[str, Case] = {
@@ -16,6 +16,7 @@ CASES: dict[str, Case] = {
         codec.CASE,
         memory.CASE,
         imports.CASE,
+        blocking.CASE,
         cluster.WRITE,
         cluster.READ,
         cluster.REPLAY,

@@ -21,9 +21,11 @@ from bench.harness import Case, Contender, Ratio, Sample
 CHUNK = 16
 
 
+SCHEMA = aionpredis.Schema(state=("uint16", (80, 80)), action="int64", reward="float32", terminated="bool")
+
+
 def make_replay(client: aionpredis.Client, name: str, chunk: int = CHUNK) -> aionpredis.Replay:
-    schema = aionpredis.Schema(state=("uint16", (80, 80)), action="int64", reward="float32", terminated="bool")
-    return client.replay(f"bench-{name}", schema, chunk=chunk)
+    return client.replay(f"bench-{name}", SCHEMA, chunk=chunk)
 
 
 async def append_all(actor: aionpredis.Actor, count: int, first: int = 0) -> None:
