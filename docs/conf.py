@@ -20,7 +20,9 @@ version = release = aionpredis.__version__
 extensions = ["myst_parser", "sphinx.ext.autodoc"]
 default_role = "code"
 nitpicky = True  # a name in a docstring that leads nowhere is a mistake
-others = "anyio|collections|gymnasium|jax|numpy|opentelemetry|os|pathlib|redis|stable_baselines3|tensordict|torch|typing"
+others = (
+    "anyio|collections|gymnasium|jax|numpy|opentelemetry|os|pathlib|redis|stable_baselines3|tensordict|torch|typing"
+)
 nitpick_ignore_regex = [
     ("py:.*", rf"({others}|aionpredis\.blocking\.facade)\..*"),
     ("py:.*", r"(aionpredis\..*\.)?(T|Buffer|Ids|NDArray|Tensor)"),  # of the type checker

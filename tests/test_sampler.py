@@ -182,6 +182,25 @@ async def test_priorities_are_the_probabilities(url: str) -> None:
         assert np.allclose(batch.weights, (40 * chosen) ** -0.5 / (40 * exact[exact > 0].min()) ** -0.5, rtol=1e-5)
 
 
+async def test_priorities_that_change_while_a_batch_travels_do_not_spoil_its_weights(url: str) -> None:
+    """A loader receives the next batch while the learner says what it thinks of the last one: 0, perhaps."""
+    async with aionpredis.connect(url) as client, anyio.create_task_group() as tasks:
+        sampler = await (await filled(client, 40)).sampler(batch=32, selection=Prioritized(), seed=1)
+        everything = np.arange(40)
+
+        async def change() -> None:
+            while True:
+                for half in (0, 1):
+                    sampler.update_priorities(everything, np.float64(everything % 2 == half))
+                    await anyio.lowlevel.checkpoint()
+
+        tasks.start_soon(change)
+        for _ in range(50):
+            weights = (await sampler.sample()).weights
+            assert (weights == 1).all(), weights
+        tasks.cancel_scope.cancel()
+
+
 async def test_new_transitions_have_the_highest_priority_so_far(url: str) -> None:
     async with aionpredis.connect(url) as client:
         replay = await filled(client, 20)

@@ -172,20 +172,19 @@ class Sampler:
         await self._wait_for_limits()
         out = self._allocate()
         ids = np.zeros(self._batch, np.int64)
+        weights = np.ones(self._batch, np.float32)
         open_rows = np.arange(self._batch)  # rows that have to be drawn (again)
         while len(open_rows):
             ids[open_rows] = await self._draw(len(open_rows), np.delete(ids, open_rows))
+            if isinstance(self._selection, Prioritized):
+                weights[open_rows] = self._selection.weights(ids[open_rows])
             found = await self._receive(ids[open_rows], out, open_rows)
             open_rows = open_rows[~found]
             lost = ids[open_rows]
             await self._lose(lost[~self._index.is_barred(lost)])
         self._count(ids)
         batch = Sample(out)
-        batch.ids = ids
-        if isinstance(self._selection, Prioritized):
-            batch.weights = self._selection.weights(ids)
-        else:
-            batch.weights = np.ones(len(ids), np.float32)
+        batch.ids, batch.weights = ids, weights
         self._stats.sampled += len(ids)
         self._use_up(ids)
         return batch

@@ -174,8 +174,10 @@ class Prioritized:
             self._tree.set(ids % self._size, values**self._alpha)
 
     def weights(self, ids: Ids) -> NDArray[np.float32]:
-        """Importance weights, at most 1: ``(n · p) ** -beta``, divided by the largest of all transitions."""
-        weights: NDArray[np.float32] = ((self._tree.minimum / self._tree.get(ids % self._size)) ** self.beta).astype(
-            np.float32
-        )
+        """Importance weights, at most 1: ``(n · p) ** -beta``, divided by the largest of all transitions. For what was just
+        drawn: 1 where it cannot be drawn any more.
+        """
+        values = self._tree.get(ids % self._size)
+        ratios = np.divide(self._tree.minimum, values, out=np.ones(len(values)), where=values > 0)
+        weights: NDArray[np.float32] = (ratios**self.beta).astype(np.float32)
         return weights
