@@ -502,7 +502,7 @@ def test_a_fork_is_told_to_connect_and_may(client: blocking.Client, url: str, st
 
 @forks
 @pytest.mark.one_server("processes are the point")
-@pytest.mark.parametrize("end", ["sys.exit()", "os._exit(0)", "del client; gc.collect()"])
+@pytest.mark.parametrize("end", ["sys.exit()", "os._exit(0)", "del client; gc.collect()", "raise ZeroDivisionError"])
 def test_the_end_of_a_fork_disturbs_nobody(url: str, end: str) -> None:
     """Also of one that leaves all blocks of its parent."""
     code = f"""
@@ -512,16 +512,19 @@ def test_the_end_of_a_fork_disturbs_nobody(url: str, end: str) -> None:
 
         warnings.filterwarnings("ignore", ".*fork", DeprecationWarning)
         client = blocking.connect({url!r})
-        with client, client.writer() as writer:
-            writer.put("a", np.eye(2))
-            child = os.fork()
-            if not child:
-                {end}
-                os._exit(0)
-            os.waitpid(child, 0)
-            for i in range(100):
-                writer.put(f"k{{i}}", np.eye(2))
-                client.set("b", np.eye(2))
+        try:
+            with client, client.writer() as writer:
+                writer.put("a", np.eye(2))
+                child = os.fork()
+                if not child:
+                    {end}
+                    os._exit(0)
+                os.waitpid(child, 0)
+                for i in range(100):
+                    writer.put(f"k{{i}}", np.eye(2))
+                    client.set("b", np.eye(2))
+        except ZeroDivisionError:
+            os._exit(0)
         print("done", client.url)
     """
     assert run(code) == f"done {url}\n"
@@ -540,7 +543,11 @@ def run(code: str) -> str:
 @pytest.mark.one_server("processes are the point")
 def test_what_is_never_closed_ends_with_the_interpreter(url: str) -> None:
     code = f"""
+        import atexit, threading
         import numpy as np
+
+        atexit.register(lambda: print(threading.active_count(), "thread"))  # the first to come is the last to go
+
         from aionpredis import Schema, blocking
 
         client = blocking.connect({url!r})
@@ -554,7 +561,7 @@ def test_what_is_never_closed_ends_with_the_interpreter(url: str) -> None:
         actor.append(x=1)
         print("end")
     """
-    assert run(code) == "end\n"
+    assert run(code) == "end\n1 thread\n"
 
 
 @pytest.mark.one_server("a key that never comes")
@@ -589,6 +596,28 @@ def test_ctrl_c_leaves_a_block_without_waiting(client: blocking.Client, stock: r
     assert time.monotonic() - start < 0.8
     stock.client_unpause()
     assert client.exists("nothing") == 0
+
+
+@pytest.mark.one_server("no server is asked")
+def test_ctrl_c_just_behind_the_entry_of_a_block_leaves_it(
+    client: blocking.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wait = loop._Call.wait
+
+    def interrupted(call: loop._Call[Any]) -> None:
+        wait(call)
+        monkeypatch.undo()
+        raise KeyboardInterrupt
+
+    writer = client.writer()
+    monkeypatch.setattr(loop._Call, "wait", interrupted)
+    with pytest.raises(KeyboardInterrupt), writer:
+        pass
+    open_writers = client._target.counters.writers
+    deadline = time.monotonic() + 10
+    while open_writers and time.monotonic() < deadline:
+        time.sleep(0.001)
+    assert not open_writers
 
 
 @pytest.mark.one_server("a server that does not answer")
