@@ -75,6 +75,11 @@ class Client(Facade[aionpredis.Client]):
         """Where the server is, without user and password."""
         return self._target.url
 
+    @property
+    def is_embedded(self) -> bool:
+        """Whether the server lives as long as this client."""
+        return self._target.is_embedded
+
     def stats(self) -> Stats:
         """What this client has done so far, and its writers, actors and readers with it."""
         return self._target.stats()
