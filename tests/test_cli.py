@@ -453,9 +453,7 @@ def test_delete_takes_what_ls_lists(terminal: Terminal, stock: redis.Redis) -> N
 
 
 @pytest.mark.one_server("fences on a cluster: test_cluster_replay.py")
-def test_delete_refuses_the_actors_first(terminal: Terminal, stock: redis.Redis) -> None:
-    """Who writes to the replay meanwhile is told, and leaves nothing."""
-
+def test_actors_of_a_replay_that_is_deleted_are_told_and_leave_nothing(terminal: Terminal, stock: redis.Redis) -> None:
     async def work(client: Client) -> None:
         replay = client.replay("pong", SCHEMA, chunk=4)
         await replay.begin_run()

@@ -113,6 +113,14 @@ def test_peek_goes_on_in_the_next_block() -> None:
         assert peek(memoryview(compressed(content, block_linked=linked)), 190_000)[1] == content[:190_000]
 
 
+@pytest.mark.parametrize("back", [0, 5, 65535])
+def test_peek_repeats_only_what_is_there(back: int) -> None:
+    block = b"\x44abcd" + back.to_bytes(2, "little") + b"\0"
+    value = Lz4.magic + b"\x48\x40" + (100).to_bytes(8, "little") + b"\0" + len(block).to_bytes(4, "little") + block
+    with pytest.raises(CorruptValue, match=f"what is {back} bytes before byte 4"):
+        peek(memoryview(value), 100)
+
+
 FILES = [
     array_file(np.arange(12, dtype=np.int16).reshape(3, 4)),
     record_file({"a": np.zeros(3), "b": np.ones((2, 2), np.uint8)}),
