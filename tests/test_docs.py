@@ -161,12 +161,10 @@ async def execute(block: Block, namespace: dict[str, Any]) -> None:
         await anyio.to_thread.run_sync(eval, code, namespace)
 
 
-FRAMEWORK = [
-    pytest.mark.one_server("the framework is the point, and takes its time"),
-    pytest.mark.one_loop("nor does the loop matter"),
-]
+FRAMEWORK = [pytest.mark.one_server("the framework is the point, and takes its time")]
 
 
+@pytest.mark.one_loop("that it runs is the point")
 @pytest.mark.parametrize(
     "block", [pytest.param(block, marks=FRAMEWORK if block.needs else []) for block in SNIPPETS], ids=str
 )
