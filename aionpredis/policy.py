@@ -113,6 +113,8 @@ class Policy:
         self._client = client
         self._keep = keep
         self._stream = f"{{{name}}}:policy"
+        self._published: list[streams.Entry] = []  # here, and not known to be deleted
+        self._changes = client.faults.changes
 
     def __repr__(self) -> str:
         return f"<aionpredis.Policy {self.name}>"
@@ -164,12 +166,14 @@ class Policy:
                 name = key.encode()
                 await client.send(name, set_command(name, value, ttl_options(lease * (len(keys) - index))))
             if await streams.claim(client, self._stream, version, fields, make=True):
+                self._published.append(((version, 0), fields))
                 if await self._persist(keys):
                     break
                 lease *= 2  # it ran out: they become the next version
             # What is left of them; or another publisher took this number.
             await client.count_keys("UNLINK", keys, repeatable=True)
         await self._forget(version - self._keep)
+        await self._delete_lost()
         return version
 
     async def _persist(self, keys: list[str]) -> bool:
@@ -259,6 +263,19 @@ class Policy:
                 )
         return weights
 
+    async def _delete_lost(self) -> None:
+        """Delete what was published here, and whose announcement a failover has taken: nobody else knows of it, and newer
+        weights have taken its place.
+        """
+        changes = self._client.faults.changes
+        if changes != self._changes:
+            present = await streams.page(self._client, self._stream, "-", "+")
+            lost = [entry for entry in self._published if entry not in present]
+            await self._client.count_keys("UNLINK", self._keys(lost), repeatable=True)
+            self._published = [entry for entry in self._published if entry in present]
+            self._changes = changes
+        del self._published[: -self._keep]  # others were deleted with this one's announcement
+
     async def _room(self, announced: Announced) -> int:
         """Bytes that the arrays in these records can have at most."""
         lengths = await self._client.call_many([("STRLEN", key) for key in announced.keys], repeatable=True)
@@ -270,7 +287,10 @@ class Policy:
     async def delete(self) -> int:
         """Delete all versions; how many keys these were. Who publishes afterwards begins with version 1 again."""
         versions = await streams.page(self._client, self._stream, "-", "+")
-        return await self._client.count_keys("UNLINK", [*self._keys(versions), self._stream], repeatable=True)
+        keys = self._keys([*versions, *self._published])
+        deleted = await self._client.count_keys("UNLINK", [*keys, self._stream], repeatable=True)
+        self._published.clear()
+        return deleted
 
     def watch(self, after: int = 0) -> PolicyWatch:
         """``async for version, weights in policy.watch():`` each time the newest version to date, as it appears.

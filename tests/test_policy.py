@@ -394,6 +394,29 @@ async def test_deleting_a_version_deletes_all_its_parts(url: str, stock: redis.R
         assert stock.keys() == []
 
 
+@pytest.mark.parametrize("delete", [False, True])
+async def test_weights_whose_announcement_a_failover_took_are_deleted(
+    url: str, stock: redis.Redis, delete: bool
+) -> None:
+    async with aionpredis.connect(url) as client:
+        policy = client.policy("p")
+        for version in range(1, 4):
+            assert await policy.publish({"w": np.full(3, version)}) == version
+        stock.xdel("{p}:policy", "2-0", "3-0")
+        kill_connections(stock)
+        assert len(unnamed(stock)) == 2
+        if delete:
+            await policy.delete()
+            assert not [*stock.scan_iter("*")]
+        else:
+            await policy.publish({"w": np.full(3, 4)})
+            assert unnamed(stock) == []
+            first, last = await policy.get(1), await policy.latest()
+            assert first is not None
+            assert last is not None
+            assert [int(each.weights["w"][0]) for each in (first, last)] == [1, 4]
+
+
 @pytest.mark.usefixtures("small_parts")
 @pytest.mark.parametrize("how", ["killed", "cancelled"])
 async def test_publisher_that_dies_at_any_step_leaves_nothing_unnamed_after_its_lease(

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from types import TracebackType
 from typing import ParamSpec, Self
 
 import aionpredis
 from aionpredis.blocking import loop
-from aionpredis.blocking.facade import Facade, made, waits
+from aionpredis.blocking.facade import Facade, Steps, made, waits
 from aionpredis.blocking.policy import Policy
 from aionpredis.blocking.replay import Replay
 from aionpredis.blocking.writer import Writer
@@ -20,6 +20,10 @@ from aionpredis.stats import Stats
 __all__ = ["Client", "connect"]
 
 P = ParamSpec("P")
+
+
+class Keys(Steps[AsyncIterator[bytes], bytes]):
+    """``for key in client.scan():`` Made by :meth:`Client.scan`; it need not be finished."""
 
 
 class Client(Facade[aionpredis.Client]):
@@ -59,12 +63,14 @@ class Client(Facade[aionpredis.Client]):
 
     set = waits(aionpredis.Client.set)
     get = waits(aionpredis.Client.get)
+    get_value = waits(aionpredis.Client.get_value)
     mset = waits(aionpredis.Client.mset)
     mget = waits(aionpredis.Client.mget)
     set_record = waits(aionpredis.Client.set_record)
     get_record = waits(aionpredis.Client.get_record)
     delete = waits(aionpredis.Client.delete)
     exists = waits(aionpredis.Client.exists)
+    scan = made(Keys, aionpredis.Client.scan)
     execute = waits(aionpredis.Client.execute)
     writer = made(Writer, aionpredis.Client.writer)
     replay = made(Replay, aionpredis.Client.replay)
