@@ -57,8 +57,18 @@ PAIRS = [
 ]
 FOR_MODULES = {
     aionpredis.Client: {
-        *("block_seconds", "blocking", "call", "call_many", "connection", "count_keys", "encode_value", "get_value"),
-        *("live_connection", "open_record", "reach", "receive_parts", "request", "send", "topology", "twin"),
+        *("block_seconds", "blocking", "call", "call_many", "connection", "count_keys", "encode_value"),
+        *(
+            "live_connection",
+            "open_record",
+            "reach",
+            "receive_parts",
+            "request",
+            "scan_pages",
+            "send",
+            "topology",
+            "twin",
+        ),
     },
     aionpredis.Writer: {"accept_item", "encode_item", "failed", "has_room", "report"},
     aionpredis.Actor: {"append_from_thread", "forsake"},
@@ -142,6 +152,10 @@ def test_arrays_and_records(client: blocking.Client) -> None:
     assert list(client.get_record("r") or {}) == ["x"]
     assert client.exists("a", "r", "b") == 2
     assert client.execute("STRLEN", "a") > 72
+    assert {*client.scan("a*")} == {b"a"}
+    value = client.get_value("a")
+    assert value is not None
+    assert len(value) == client.execute("STRLEN", "a")
     assert client.stats().requests > 5
     assert client.delete("a", "r") == 2
 
@@ -546,7 +560,13 @@ def test_what_is_never_closed_ends_with_the_interpreter(url: str) -> None:
         import atexit, threading
         import numpy as np
 
-        atexit.register(lambda: print(threading.active_count(), "thread"))  # the first to come is the last to go
+        def count():
+            for thread in threading.enumerate():
+                if thread is not threading.main_thread():
+                    thread.join(10)  # anyio tells its worker threads to end, and does not wait for that
+            print(threading.active_count(), "thread")
+
+        atexit.register(count)  # the first to come is the last to go
 
         from aionpredis import Schema, blocking
 

@@ -191,7 +191,7 @@ async def test_priorities_that_change_while_a_batch_travels_do_not_spoil_its_wei
         async def change() -> None:
             while True:
                 for half in (0, 1):
-                    sampler.update_priorities(everything, np.float64(everything % 2 == half))
+                    sampler.update_priorities(everything, (everything % 2 == half).astype(np.float64))
                     await anyio.lowlevel.checkpoint()
 
         tasks.start_soon(change)
