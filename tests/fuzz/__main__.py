@@ -17,7 +17,7 @@ import warnings
 from pathlib import Path
 
 FOLDER = Path(".fuzz")
-NAMES = ("resp", "abandon", "npy", "safetensors", "codecs", "chunk", "log", "announcements", "checkpoint")
+NAMES = ("resp", "abandon", "npy", "safetensors", "codecs", "describe", "chunk", "log", "announcements", "checkpoint")
 MAX_LENGTH = 1024
 """Bytes of input. Longer ones are slower, and find nothing more: what has a limit is fed with a small one."""
 

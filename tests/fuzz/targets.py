@@ -21,6 +21,7 @@ TARGETS = {
     "npy": Target(values.fuzz_npy, values.npy_seeds),
     "safetensors": Target(values.fuzz_safetensors, values.safetensors_seeds),
     "codecs": Target(values.fuzz_codecs, values.codecs_seeds),
+    "describe": Target(values.fuzz_describe, values.codecs_seeds),
     "chunk": Target(values.fuzz_chunk, values.chunk_seeds),
     "log": Target(entries.fuzz_log, entries.log_seeds),
     "announcements": Target(entries.fuzz_announcements, entries.announcements_seeds),

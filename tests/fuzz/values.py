@@ -11,7 +11,8 @@ import numpy as np
 import safetensors as stock
 
 from aionpredis import Schema
-from aionpredis.codecs import Lz4, open_array, open_record
+from aionpredis.codecs import Kind, Lz4, open_array, open_record
+from aionpredis.codecs.describe import describe
 from aionpredis.errors import DecodeError, EncodeError, SchemaMismatch
 from aionpredis.formats import npy, safetensors
 from aionpredis.replay.chunk import ChunkBuffer, open_chunk
@@ -111,6 +112,35 @@ def fuzz_codecs(data: bytes) -> None:
                 opener(value, max_bytes=MOST, key="k")
             except DecodeError as error:
                 assert error.key == "k"
+
+
+def fuzz_describe(data: bytes) -> None:
+    """What opening the value gives, told by its first bytes; or a DecodeError. An odd first byte: it is compressed before."""
+    packed, data = data[:1], data[1:]
+    if packed and packed[0] % 2:
+        data = lz4.frame.compress(data, store_size=packed[0] % 4 == 1, block_checksum=packed[0] % 8 > 3)
+    npy._parse.cache_clear()
+    safetensors._parsed.clear()
+    head = 0
+    while True:
+        unpacked = min(MOST, 255 * head)
+        with at_most(1_200_000 + 3 * unpacked + LITERAL * min(unpacked, 12 + 4 * npy.MAX_LITERAL)):
+            try:
+                about = describe(memoryview(data)[:head], len(data))
+            except DecodeError:
+                return
+        if not isinstance(about, int):
+            break
+        assert head < about <= len(data)
+        head = about
+    opener = open_array if about.kind is Kind.ARRAY else open_record
+    try:
+        opened: Any = opener(memoryview(data), max_bytes=MOST)
+    except DecodeError:
+        assert about.codec is not None  # behind the first bytes
+        return
+    arrays = {"": opened} if about.kind is Kind.ARRAY else opened
+    assert about.columns == {name: (array.dtype, array.shape) for name, array in arrays.items()}
 
 
 SCHEMAS = (
