@@ -58,6 +58,6 @@ def test_dqn_that_has_not_learned_says_so() -> None:
 def test_first_example_of_the_readme(tmp_path: Path, url: str, stock: redis.Redis) -> None:
     readme = (Path(__file__).parent.parent / "README.md").read_text()
     example = tmp_path / "example.py"
-    example.write_text(readme.split("```python\n")[1].split("```")[0].replace("unix:///run/redis.sock", url))
-    run_example(example, {})
-    assert len(stock.keys()) == 34
+    example.write_text(readme.split("```python\n")[1].split("```")[0])
+    run_example(example, {"REDIS_URL": url})
+    assert len(stock.keys()) == 33
