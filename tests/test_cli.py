@@ -448,7 +448,7 @@ def test_delete_takes_what_ls_lists(terminal: Terminal, stock: redis.Redis) -> N
     assert facts["bytes"] > 50 * 144
     assert b"kept" in left
     assert {key for key in left if b"breakout" not in key} == {b"kept"}
-    assert there == 26 + 1 + 2  # chunks, weights, log and the policy's stream
+    assert there == 26 + 1 + 3  # chunks, weights, log, the actors' names and the policy's stream
     assert terminal("delete", "pong", "--yes").stdout == "no keys\n"
 
 

@@ -84,9 +84,7 @@ def until_done(
         cause = cause_of(error, (AionpredisError, OSError))
         if cause is None:
             raise
-        if isinstance(
-            cause, BrokenPipeError
-        ):  # who read stdout, `head` for one, has seen enough: typer ends it silently
+        if isinstance(cause, BrokenPipeError):  # who read stdout (head, …) has seen enough; typer ends it silently
             raise cause from None
         fail(str(cause))
     return result

@@ -9,13 +9,13 @@ __all__ = ["Owned", "owner"]
 
 _CHUNK = re.compile(rb"([A-Za-z0-9_.-]{1,128}):(\d{1,20}):[0-9a-f]{16}:\d{1,10}")
 _WEIGHTS = re.compile(rb"([A-Za-z0-9_.-]{1,128}):policy:(\d{1,20}):[0-9a-f]{16}(?::\d{1,5})?")
-_SMALL = re.compile(rb"\{([A-Za-z0-9_.-]{1,128})\}:(log|read|policy)")
+_SMALL = re.compile(rb"\{([A-Za-z0-9_.-]{1,128})\}:(actors|log|read|policy)")
 
 
 class Owned(NamedTuple):
-    """A key of a replay, or of a policy that stands alone. ``part``: ``chunk``, ``weights``, ``log``, ``read`` (how far the
-    learners are) or ``policy`` (the stream that announces its versions). ``number``: of a chunk's run, of the weights'
-    version; else 0.
+    """A key of a replay, or of a policy that stands alone. ``part``: ``chunk``, ``weights``, ``log``, ``actors`` (their names),
+    ``read`` (how far the learners are) or ``policy`` (the stream that announces its versions). ``number``: of a chunk's run, of
+    the weights' version; else 0.
     """
 
     name: str
