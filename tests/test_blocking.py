@@ -318,8 +318,10 @@ def test_sampler_and_priorities(client: blocking.Client) -> None:
     sampler = replay.sampler(batch=32, selection=Prioritized(), seed=1)
     sample = sampler.sample()
     assert (sampler.refresh(), len(sampler), sampler.stats.sampled) == (0, 100, 32)
-    priorities = np.zeros(32)
-    priorities[sample["uid"] == sample["uid"][0]] = 1.0
+    priorities = np.full(32, 1e-6)
+    priorities[sample["uid"] == sample["uid"][0]] = 1e6
+    sampler.update_priorities(sample.ids, priorities)
+    assert (sampler.sample()["uid"] == sample["uid"][0]).sum() > 28
     with blocking.Loader(sampler, prefetch=1) as loader:
         sampler.update_priorities(sample.ids, priorities)
         assert len(next(loader)) == 3
