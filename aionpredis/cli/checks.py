@@ -231,7 +231,7 @@ def _socket(server: Server) -> Finding | None:
     path = server.config.get("unixsocket")
     if server.is_unix or not server.is_here or not path or not os.path.exists(path):  # noqa: PTH110
         return None
-    why = "it is on this machine and has a Unix socket, which is worth a factor of two to three for small arrays"
+    why = "it is on this machine and has a Unix socket, which writes small arrays 1.5 times as fast"
     return Finding("hint", "connection", "TCP on one machine", why, [f"connect with unix://{path}"])
 
 
