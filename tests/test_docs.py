@@ -6,8 +6,7 @@ What stands in a comment on the line before a block says how, several things sep
 * ``name.py``: the block is that file. ``run``: a command, run in a folder with the files before it. ``output``: what the
   command before printed, but for its numbers.
 
-A Python block is run with the names of this package and a replay that holds some transitions. One that calls
-``aionpredis.run`` is a program: it runs in a process of its own, with the server in ``REDIS_URL``.
+Any other Python block is run with the names of this package and a replay that holds some transitions.
 """
 
 from __future__ import annotations
@@ -91,8 +90,6 @@ def blocks_of(path: Path) -> list[Block]:
 
 BLOCKS = [block for path in GUIDES for block in blocks_of(path)]
 PYTHON = [block for block in BLOCKS if block.language == "python" and not block.file]
-SNIPPETS = [block for block in PYTHON if "aionpredis.run(" not in block.code]
-PROGRAMS = [block for block in PYTHON if "aionpredis.run(" in block.code]
 
 
 class EnoughError(Exception):
@@ -225,13 +222,6 @@ def output_of(*command: str, folder: Path, url: str | None) -> str:
             process.kill()
     assert (process.returncode, errors) == (0, "")
     return output
-
-
-@pytest.mark.parametrize("block", PROGRAMS, ids=str)
-def test_program_runs(url: str, tmp_path: Path, block: Block) -> None:
-    path = tmp_path / "program.py"
-    path.write_text(re.sub(r'connect\("[^"]*"\)', "connect()", block.code))
-    output_of(sys.executable, str(path), folder=tmp_path, url=url)
 
 
 def without_numbers(text: str) -> str:
