@@ -163,7 +163,7 @@ FRAMEWORK = [pytest.mark.one_server("the framework is the point, and takes its t
 
 @pytest.mark.one_loop("that it runs is the point")
 @pytest.mark.parametrize(
-    "block", [pytest.param(block, marks=FRAMEWORK if block.needs else []) for block in SNIPPETS], ids=str
+    "block", [pytest.param(block, marks=FRAMEWORK if block.needs else []) for block in PYTHON], ids=str
 )
 async def test_block_runs(url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], block: Block) -> None:
     for name in block.needs:
