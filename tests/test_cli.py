@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tracemalloc
 from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -477,21 +478,27 @@ def test_actors_of_a_replay_that_is_deleted_are_told_and_leave_nothing(terminal:
     assert stock.dbsize() == 0
 
 
-SLOW = "import aionpredis.scan; aionpredis.scan.PAGE = 1; from aionpredis.cli import main; main()"
+SLOW = "from aionpredis import client; client.SCAN_KEYS = 1; from aionpredis.cli import main; main()"
+
+
+@contextmanager
+def slowed(program: str, *arguments: str) -> Iterator[subprocess.Popen[str]]:
+    """The command, by a program that makes it slow enough for Ctrl-C."""
+    command = [sys.executable, "-c", program, *arguments]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
 
 
 @pytest.mark.one_server("of the signal")
 def test_ctrl_c_while_deleting_says_how_many_keys_are_gone(terminal: Terminal, stock: redis.Redis) -> None:
     terminal.fill(lambda client: client.mset({f"many:{number}": np.ones(2) for number in range(10_000)}))
-    process = subprocess.Popen(
-        [sys.executable, "-c", SLOW, "delete", "many:*", "--yes", "--url", terminal.url],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    until(lambda: stock.dbsize() != 10_000, "it has begun", 30)
-    process.send_signal(signal.SIGINT)
-    output, errors = process.communicate(timeout=30)
+    with slowed(SLOW, "delete", "many:*", "--yes", "--url", terminal.url) as process:
+        until(lambda: stock.dbsize() != 10_000, "it has begun", 30)
+        process.send_signal(signal.SIGINT)
+        output, errors = process.communicate(timeout=30)
     left: Any = stock.dbsize()
     assert (process.returncode, output) == (130, "")
     assert 0 < left < 10_000
@@ -523,15 +530,10 @@ main()
 @pytest.mark.one_server("of the signal")
 def test_ctrl_c_while_saving_leaves_nothing(terminal: Terminal, tmp_path: Path) -> None:
     terminal.fill(lambda client: fill_replay(client, count=8000))
-    process = subprocess.Popen(
-        [sys.executable, "-c", SLOW_FILES, "save", "pong", str(tmp_path / "saved"), "--url", terminal.url],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    until(lambda: any(path.name.startswith("transitions") for path in tmp_path.glob("*/*")), "it has begun", 30)
-    process.send_signal(signal.SIGINT)
-    output, errors = process.communicate(timeout=30)
+    with slowed(SLOW_FILES, "save", "pong", str(tmp_path / "saved"), "--url", terminal.url) as process:
+        until(lambda: any(path.name.startswith("transitions") for path in tmp_path.glob("*/*")), "it has begun", 30)
+        process.send_signal(signal.SIGINT)
+        output, errors = process.communicate(timeout=30)
     assert (process.returncode, output) == (130, "")
     assert errors == f"aionpredis: interrupted by SIGINT; nothing was left in {tmp_path}\n"
     assert list(tmp_path.iterdir()) == []
@@ -545,15 +547,10 @@ def test_ctrl_c_while_restoring_says_how_much_there_is(
     folder = str(tmp_path / "saved")
     monkeypatch.setattr(saving, "BUNDLE_BYTES", 1000)
     terminal("save", "pong", folder)
-    process = subprocess.Popen(
-        [sys.executable, "-c", SLOW_FILES, "restore", folder, "other", "--url", terminal.url],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    until(lambda: any(each["chunks"] > 50 for each in terminal.json("ls", "other")["replays"]), "it has begun", 30)
-    process.send_signal(signal.SIGINT)
-    output, errors = process.communicate(timeout=30)
+    with slowed(SLOW_FILES, "restore", folder, "other", "--url", terminal.url) as process:
+        until(lambda: any(each["chunks"] > 50 for each in terminal.json("ls", "other")["replays"]), "it has begun", 30)
+        process.send_signal(signal.SIGINT)
+        output, errors = process.communicate(timeout=30)
     assert (process.returncode, output) == (130, "")
     said = r"aionpredis: interrupted by SIGINT; the run that was begun has at least ([\d,]+) of 8,000 transitions: .*\n"
     found = re.fullmatch(said, errors)

@@ -416,17 +416,16 @@ def test_commands(tmp_path: Path) -> None:
     clean(shown)
 
 
-def test_demo(tmp_path: Path) -> None:
+def test_demo() -> None:
     """A whole demo on a server with a password: its output, its results, its processes' command lines."""
     pytest.importorskip("gymnasium")
     with locked("valkey") as server:
         url = server.url.replace("unix://", f"unix://:{ENCODED}@")
-        results = tmp_path / "results.json"
         command = [sys.executable, "-m", "aionpredis", "demo", "--url", url, "--runs", "1", "--transitions", "200"]
         with subprocess.Popen(
-            [*command, "--simulators", "1", "--json", str(results)],
+            [*command, "--simulators", "1", "--json"],
             stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
+            stderr=subprocess.PIPE,
             text=True,
         ) as process:
             simulators: list[bytes] = []
@@ -438,10 +437,10 @@ def test_demo(tmp_path: Path) -> None:
                 return bool(simulators) or process.poll() is not None
 
             until(found, "a simulator", 30)
-            output = process.communicate(timeout=50)[0]
-        clean(output, results.read_text(), *simulators)
+            results, progress = process.communicate(timeout=50)
+        clean(results, progress, *simulators)
         assert simulators
-        assert json.loads(results.read_text())
+        assert json.loads(results)
 
 
 def children_of(pid: int) -> list[int]:
