@@ -1,4 +1,4 @@
-"""Which replay a key belongs to, by its name alone: for who looks at all keys of a server."""
+"""Which replay a key belongs to, by its name alone: for commands that look at all keys of a server."""
 
 from __future__ import annotations
 
