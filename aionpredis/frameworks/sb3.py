@@ -35,7 +35,8 @@ __all__ = ["PublishPolicy", "SharedReplayBuffer"]
 
 class SharedReplayBuffer(ReplayBuffer):
     """The buffer of an off-policy ``model`` (DQN, SAC, TD3, DDPG) in a replay, which other processes append to or sample, too.
-    Its columns are those of :func:`aionpredis.frameworks.gymnasium.schema_of`; no ``Dict`` or ``Tuple`` spaces.
+    Its columns are those of :func:`aionpredis.frameworks.gymnasium.schema_of`; no ``Dict`` or ``Tuple`` spaces. Models have
+    images with the channels first, whatever their environment has: ``schema_of(model.get_env())``, and so for other actors.
 
     ``actor`` appends what the model's environments do, one lane for each; without one the model learns of others'
     transitions alone. ``steps``: of its n-step targets. How much is kept is the replay's ``capacity``.
@@ -48,6 +49,13 @@ class SharedReplayBuffer(ReplayBuffer):
             isinstance(space, spaces.Dict | spaces.Tuple) for space in (model.observation_space, model.action_space)
         ):
             raise UsageError("a SharedReplayBuffer takes no Dict or Tuple space: flatten the environment")
+        for name, space in (("observation", model.observation_space), ("action", model.action_space)):
+            _, shape = replay.schema.get(name, (None, "no such column"))
+            if shape != space.shape:
+                raise UsageError(
+                    f"{name}: the model has shape {space.shape}, the replay {shape}: make the replay with"
+                    " schema_of(model.get_env()), and transpose the images of other actors as the model's are"
+                )
         if actor is not None and actor.lanes != model.n_envs:
             raise UsageError(f"the actor has {actor.lanes} lanes and the model {model.n_envs} environments")
         # Not ReplayBuffer's own, which takes the memory of all transitions.
@@ -71,12 +79,15 @@ class SharedReplayBuffer(ReplayBuffer):
         )
 
     def sample(self, batch_size: int, env: Any = None) -> ReplayBufferSamples:
-        """Transitions of all actors, drawn uniformly; waits until there are some. Raises what ``sampler.sample`` raises."""
+        """Transitions of all actors, drawn uniformly; waits for others' if the model has no actor.
+
+        Raises:
+            UsageError: the model's own are too few yet to learn of.
+            Exception: what ``sampler.sample`` and ``actor.flush`` raise.
+        """
         sampler = self._samplers.get(batch_size)
         if sampler is None:
-            self._samplers[batch_size] = sampler = self._replay.sampler(
-                batch=batch_size, columns=["observation", "action"], n_step=self._n_step
-            )
+            self._samplers[batch_size] = sampler = self._sampler(batch_size)
         batch = sampler.sample()
         discount = batch["discount"].reshape(-1, 1)
         data = (
@@ -88,6 +99,20 @@ class SharedReplayBuffer(ReplayBuffer):
             discount,
         )
         return ReplayBufferSamples(*(self.to_torch(array, copy=False) for array in data))
+
+    def _sampler(self, batch_size: int) -> blocking.Sampler:
+        sampler = self._replay.sampler(batch=batch_size, columns=["observation", "action"], n_step=self._n_step)
+        if self._actor is not None:
+            # The rest of a chunk, or what follows a transition, would come of the model only, which waits.
+            self._actor.flush()
+            sampler.refresh()
+            enough = self.n_envs * self._n_step.steps  # with one more, a lane has one that as many steps follow
+            if len(sampler) <= enough:
+                raise UsageError(
+                    f"{len(sampler)} transitions are too few to begin to learn with, in {self.n_envs} lanes and with"
+                    f" steps={self._n_step.steps}: make the model with learning_starts={enough} or more"
+                )
+        return sampler
 
     # Models have the actions of a Box between -1 and 1; in the replay they are as the environment takes them.
 

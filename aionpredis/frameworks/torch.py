@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
@@ -65,12 +66,12 @@ def as_tensors(batch: Arrays) -> dict[str, Tensor]:
 
 def _as_tensor(name: str, array: NDArray[Any]) -> Tensor:
     kind = array.dtype
-    if kind.isbuiltin == 1:
-        return torch.from_numpy(array)
     # bfloat16 and float8: of ml_dtypes, or a structure with a field of that name where it is not installed
     dtype = getattr(torch, kind.names[0] if kind.names else kind.name, None)
-    if not isinstance(dtype, torch.dtype) or dtype.itemsize != kind.itemsize:
+    if not isinstance(dtype, torch.dtype) or dtype.itemsize != kind.itemsize or not kind.isnative:
         raise UsageError(f"{name!r}: torch has no dtype like {kind}")
+    if kind.isbuiltin == 1:
+        return torch.from_numpy(array)
     return torch.from_numpy(array.view(f"u{kind.itemsize}")).view(dtype)
 
 
@@ -124,7 +125,6 @@ class Tensors:
     def __init__(self, batches: Any, *, device: str | torch.device | None = None) -> None:
         self._batches = batches
         self._device = None if device is None else torch.device(device)
-        self._travelling: deque[tuple[Any, Mapping[str, Tensor]]] = deque()
 
     def __aiter__(self) -> AsyncIterator[dict[str, Tensor]]:
         return self
@@ -139,15 +139,30 @@ class Tensors:
         tensors = as_tensors(batch)
         if self._device is None:
             return tensors
-        while self._travelling and self._travelling[0][0].query():
-            self._travelling.popleft()
-        moved = {name: tensor.to(self._device, non_blocking=True) for name, tensor in tensors.items()}
+        _let_go()
+        # Metal would still read memory that is released (pytorch/pytorch#189690).
+        later = self._device.type == "cuda"
+        moved = {name: tensor.to(self._device, non_blocking=later) for name, tensor in tensors.items()}
         if isinstance(tensors, TensorSample):
             moved = TensorSample(moved, tensors.ids, tensors.weights.to(self._device))
         if (event := _mark(self._device)) is not None:
-            # Held until it is copied: memory that nobody refers to is received into again.
-            self._travelling.append((event, tensors))
+            _travelling.append((event, tensors))
         return moved
+
+
+_travelling: deque[tuple[Any, Mapping[str, Tensor]]] = deque()
+"""What is held until it is copied: memory that nobody refers to is received into again. A :class:`Tensors` may be gone
+before its last batches are.
+"""
+
+_letting_go = threading.Lock()
+
+
+def _let_go() -> None:
+    """Hold no more what is copied by now, in whichever thread."""
+    with _letting_go:
+        while _travelling and _travelling[0][0].query():
+            _travelling.popleft()
 
 
 def _mark(device: torch.device) -> Any:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from aionpredis import UsageError, blocking
+from aionpredis import Schema, UsageError, blocking
 
 torch: Any = pytest.importorskip("torch", reason="torch is not installed")
 gymnasium: Any = pytest.importorskip("gymnasium", reason="Gymnasium is not installed")
@@ -108,6 +108,66 @@ def test_actions_are_stored_as_the_environment_takes_them(url: str) -> None:
     assert batch["action"][:, 0].tolist() == [-2, 0, 1]
 
 
+@pytest.mark.parametrize(("lanes", "steps"), [(1, 1), (2, 3)])
+def test_model_learns_as_soon_as_there_is_something_to_draw(url: str, lanes: int, steps: int) -> None:
+    """It is the one that appends, so while it waits nothing comes: not the rest of a chunk, nor what follows."""
+    env = sb3.common.env_util.make_vec_env("Pendulum-v1", lanes)
+    with blocking.connect(url) as client:
+        replay = client.replay("pendulum", schema_of(env))
+        replay.begin_run()
+        with replay.vector_actor(lanes) as actor:
+            actor.join()
+
+            def learn(learning_starts: int) -> None:
+                model = sb3.SAC("MlpPolicy", env, buffer_size=1, learning_starts=learning_starts, train_freq=1)
+                model.replay_buffer = SharedReplayBuffer(model, replay, actor, steps=steps)
+                model.learn(learning_starts + 2 * lanes)
+
+            with pytest.raises(UsageError, match=f"learning_starts={lanes * steps} or more"):
+                learn(lanes * steps - 1)
+            replay.begin_run()
+            actor.join()
+            learn(lanes * steps)
+            assert 0 < actor.stats.acknowledged < actor.stats.appended
+
+
+class Picture(gymnasium.Env):
+    """The same image all the time, with the channels last."""
+
+    observation_space = gymnasium.spaces.Box(0, 255, (40, 36, 3), np.uint8)
+    action_space = gymnasium.spaces.Discrete(2)
+
+    def image(self) -> Any:
+        return (np.arange(40 * 36 * 3) % 251).astype(np.uint8).reshape(40, 36, 3)
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> Any:
+        return self.image(), {}
+
+    def step(self, action: Any) -> Any:
+        return self.image(), 1.0, False, False, {}
+
+
+def test_images_are_the_models_or_refused(url: str) -> None:
+    """Models see them with the channels first: of the same size, but scrambled if they were not transposed."""
+    env = Picture()
+    model = sb3.DQN("CnnPolicy", env, buffer_size=1, learning_starts=100)
+    with blocking.connect(url) as client:
+        with pytest.raises(
+            UsageError, match=r"observation: the model has shape \(3, 40, 36\), the replay \(40, 36, 3\)"
+        ):
+            SharedReplayBuffer(model, client.replay("last", schema_of(env)))
+        replay = client.replay("first", schema_of(model.get_env()), chunk=4)
+        replay.begin_run()
+        with replay.vector_actor(1) as actor:
+            actor.join()
+            model.replay_buffer = SharedReplayBuffer(model, replay, actor)
+            model.learn(20)
+            samples = model.replay_buffer.sample(8)
+    image = torch.as_tensor(env.image().transpose(2, 0, 1))
+    assert (samples.observations == image).all()
+    assert (samples.next_observations == image).all()
+
+
 def test_what_does_not_fit_the_model_is_refused(url: str) -> None:
     env = gymnasium.make("CartPole-v1")
     model = sb3.DQN("MlpPolicy", env, buffer_size=1)
@@ -115,6 +175,8 @@ def test_what_does_not_fit_the_model_is_refused(url: str) -> None:
         replay = client.replay("cartpole", schema_of(env))
         with replay.vector_actor(2) as actor, pytest.raises(UsageError, match="2 lanes and the model 1"):
             SharedReplayBuffer(model, replay, actor)
+        with pytest.raises(UsageError, match=r"observation: .* \(4,\), the replay no such column"):
+            SharedReplayBuffer(model, client.replay("other", Schema(state="float32")))
         model.observation_space = gymnasium.spaces.Dict(a=env.observation_space)
         with pytest.raises(UsageError, match="Dict"):
             SharedReplayBuffer(model, replay)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from collections import deque
 from typing import Any
 
 import numpy as np
@@ -90,10 +91,11 @@ def test_bfloat16_that_was_read_without_ml_dtypes_is_torchs_own() -> None:
     assert as_tensors({"x": array})["x"].dtype is torch.bfloat16
 
 
-def test_dtype_that_torch_does_not_have_is_named() -> None:
-    ml_dtypes = pytest.importorskip("ml_dtypes")
-    with pytest.raises(UsageError, match="'x': torch has no dtype like float8_e3m4"):
-        as_tensors({"x": np.zeros(2, ml_dtypes.float8_e3m4)})
+@pytest.mark.parametrize("name", ["float8_e3m4", "longdouble", ">i4", "U3"])
+def test_dtype_that_torch_does_not_have_is_named(name: str) -> None:
+    dtype = np.dtype(getattr(pytest.importorskip("ml_dtypes"), name) if name.startswith("float8") else name)
+    with pytest.raises(UsageError, match=f"'x': torch has no dtype like {dtype}"):
+        as_tensors({"x": np.zeros(2, dtype)})
 
 
 async def test_batches_come_as_tensors_over_the_memory_they_were_received_into(url: str) -> None:
@@ -257,17 +259,25 @@ class Event:
         return self.done
 
 
-@pytest.mark.skipif(not REFERENCES_ARE_COUNTED, reason="nothing is recycled where references are not counted")
-async def test_memory_is_held_until_it_is_copied_to_the_device(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The event is a stand-in; that CUDA's is asked for is tested where there is CUDA."""
+@pytest.fixture
+def events(monkeypatch: pytest.MonkeyPatch) -> list[Event]:
+    """Stand-ins for those that copies wait for, in order; that CUDA's are asked for is tested where there is CUDA."""
     events: list[Event] = []
-    places: list[int] = []
 
     def mark(device: Any) -> Event:
         events.append(Event())
         return events[-1]
 
     monkeypatch.setattr(frameworks, "_mark", mark)
+    monkeypatch.setattr(frameworks, "_travelling", deque())
+    return events
+
+
+@pytest.mark.skipif(not REFERENCES_ARE_COUNTED, reason="nothing is recycled where references are not counted")
+@pytest.mark.parametrize("gone", [False, True], ids=["there", "gone"])
+async def test_memory_is_held_until_it_is_copied_to_the_device(url: str, events: list[Event], gone: bool) -> None:
+    """Also if the ``Tensors`` that had it copied is gone, as it is behind a loop over it."""
+    places: list[int] = []
 
     def empty(nbytes: int) -> NDArray[np.uint8]:
         places.append(nbytes)
@@ -286,12 +296,37 @@ async def test_memory_is_held_until_it_is_copied_to_the_device(url: str, monkeyp
             moved = await anext(tensors)
             assert moved["state"].device.type == "meta"
             assert len(places) == number  # nothing is copied yet
+            if gone:
+                tensors = Tensors(sampler, device="meta")
         for event in events:
             event.done = True
         for _ in range(10):
             await anext(tensors)
             events[-1].done = True
         assert len(places) <= 6
+
+
+class Copies(torch.overrides.TorchFunctionMode):
+    """Stands in for devices: which copies to one are not waited for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.later: list[bool] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not torch.Tensor.to:
+            return func(*args, **(kwargs or {}))
+        self.later.append(kwargs["non_blocking"])
+        return args[0]
+
+
+@pytest.mark.parametrize(("device", "later"), [("cuda", True), ("mps", False)])
+def test_only_copies_to_cuda_are_not_waited_for(device: str, later: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For no other device is there an event to hold memory by until it is copied."""
+    monkeypatch.setattr(frameworks, "_mark", lambda device: None)
+    with Copies() as copies:
+        next(iter(Tensors(iter([{"x": np.zeros(3)}]), device=device)))
+    assert copies.later == [later]
 
 
 def test_pinned_memory_is_ordinary_memory_without_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
