@@ -5,10 +5,13 @@ from __future__ import annotations
 import io
 import json
 import os
+import pty
 import re
 import signal
 import subprocess
 import sys
+import threading
+import time
 import tracemalloc
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
@@ -31,9 +34,13 @@ testing = pytest.importorskip("typer.testing", reason='needs pip install "aionpr
 pytest.importorskip("rich", reason='needs pip install "aionpredis[cli]"')
 
 from aionpredis.cli import app, values  # noqa: E402
+from aionpredis.cli.common import said  # noqa: E402
+from aionpredis.cli.delete import _is_left  # noqa: E402
+from aionpredis.cli.survey import Group, Pattern, Survey  # noqa: E402
 from aionpredis.codecs import Kind  # noqa: E402
 from aionpredis.errors import UsageError  # noqa: E402
 from aionpredis.replay.checkpoint import saving  # noqa: E402
+from aionpredis.replay.keys import owner  # noqa: E402
 
 FRAME = np.arange(6400, dtype=np.uint16).reshape(80, 80)
 RECORD = {"state": np.arange(12, dtype=np.uint8).reshape(3, 4), "action": np.int64(2)}
@@ -83,6 +90,31 @@ class Terminal:
 @pytest.fixture
 def terminal(url: str) -> Terminal:
     return Terminal(url)
+
+
+@contextmanager
+def at_a_terminal(*arguments: str) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
+    """The command on a terminal of its own; gives it, and the terminal's other end."""
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-m", "aionpredis", *arguments]
+    with subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True) as process:
+        os.close(theirs)
+        try:
+            yield process, ours
+        finally:
+            process.kill()
+            os.close(ours)
+
+
+def read_until(terminal: int, text: bytes) -> bytes:
+    """What a terminal shows, up to this; or all, when the command has ended."""
+    seen = b""
+    while text not in seen:
+        try:
+            seen += os.read(terminal, 65536)
+        except OSError:  # the other end is closed
+            break
+    return seen
 
 
 def command(*arguments: str, **environment: str) -> subprocess.Popen[str]:
@@ -205,6 +237,22 @@ def test_ls_names_what_a_user_may_not_read(terminal: Terminal, stock: redis.Redi
     finally:
         stock.acl_deluser("reader")
     assert [(each["key"], each["kind"]) for each in found] == [("open", "array"), ("secret", "forbidden")]
+    assert "NOPERM" in found[1]["problem"]
+
+
+@pytest.mark.one_server("users of a cluster are those of each server")
+def test_put_and_get_say_which_right_a_user_lacks(terminal: Terminal, stock: redis.Redis, tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", FRAME)
+    stock.acl_setuser("writer", enabled=True, reset=True, passwords=["+pw"], keys=["*"], commands=["+set"])
+    try:
+        writer = Terminal(f"unix://writer:pw@{terminal.url.removeprefix('unix://')}")
+        done = writer("put", "a", str(tmp_path / "a.npy"))
+        said = writer.error("get", "a", str(tmp_path / "b.npy"))
+    finally:
+        stock.acl_deluser("writer")
+    assert stock.strlen("a") == (tmp_path / "a.npy").stat().st_size
+    assert re.match(r"a: stored; NOPERM.*the user's ACL needs \+strlen", done.stdout)
+    assert re.search(r"NOPERM.*the user's ACL needs \+strlen", said)
 
 
 def test_ls_lists_the_first_ones_and_counts_all(terminal: Terminal, stock: redis.Redis) -> None:
@@ -235,6 +283,14 @@ def test_no_key_can_write_control_codes(terminal: Terminal, stock: redis.Redis) 
     assert found == keys | {b"r"}
     os_name = os.fsdecode(b"\xff\xfe")
     assert terminal.json("show", os_name)["kind"] == "string"
+    file = io.BytesIO()
+    np.save(file, FRAME)
+    assert terminal("put", os_name, "-", stdin=file.getvalue()).stdout.startswith("\\xff\\xfe: array, ")
+
+
+def test_no_error_can_write_control_codes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert said("of a server: \x1b[2J\r\nOK", 3) == 3
+    assert capsys.readouterr().err == "aionpredis: of a server: \\x1b[2J\\r\\nOK\n"
 
 
 @pytest.mark.one_server("of the terminal")
@@ -313,6 +369,7 @@ def test_png_has_the_pixels_of_the_array(terminal: Terminal, stock: redis.Redis,
         with image.open(path) as opened:
             assert np.array_equal(np.asarray(opened), pixels)
     assert "does not look like an image" in terminal.error("show", "flat", "--png", str(tmp_path / "x.png"))
+    assert "stdout has the text" in terminal.error("show", "rgb", "--png", "-", code=2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["rgb.png", "step.png"]
 
 
@@ -361,6 +418,59 @@ def test_files_through_pipes(terminal: Terminal) -> None:
     terminal("put", "a", "-", stdin=file.getvalue())
     assert terminal("get", "a", "-").stdout_bytes == file.getvalue()
     assert "JSON" in terminal.error("get", "a", "-", "--json", code=2)
+
+
+@pytest.mark.one_server("of the process")
+def test_output_is_whole_whatever_reads_it_and_however_slowly(terminal: Terminal) -> None:
+    """Without Python's buffer, what did not fit into the pipe was dropped."""
+    terminal.fill(lambda client: client.set("large", np.zeros(1 << 18)))
+    with command("get", "large", "-", "--url", terminal.url, PYTHONUNBUFFERED="1") as process:
+        assert process.stdout is not None
+        first = process.stdout.buffer.read(1)  # type: ignore[attr-defined]  # it writes
+        time.sleep(0.05)
+        assert len(first + process.stdout.buffer.read()) == (8 << 18) + 128  # type: ignore[attr-defined]
+        assert process.wait(20) == 0
+
+
+def test_put_reads_a_pipe_that_has_a_name(terminal: Terminal, stock: redis.Redis, tmp_path: Path) -> None:
+    """As a shell's ``<(…)``."""
+    file = io.BytesIO()
+    np.save(file, FRAME)
+    os.mkfifo(tmp_path / "pipe")
+    writer = threading.Thread(target=(tmp_path / "pipe").write_bytes, args=(file.getvalue(),), daemon=True)
+    writer.start()
+    terminal("put", "a", str(tmp_path / "pipe"))
+    writer.join(10)
+    assert stock.get("a") == file.getvalue()
+
+
+def test_what_is_too_long_is_not_read_to_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(values, "MAX_VALUE", 1 << 20)
+    with pytest.raises(UsageError, match="it has more than 1 MiB"):
+        values.source(Path("/dev/zero"))
+
+
+@pytest.mark.one_server("of the signal")
+def test_ctrl_c_ends_put_and_get_whatever_is_at_the_other_end(terminal: Terminal, stock: redis.Redis) -> None:
+    stuck = [sys.executable, "-m", "aionpredis"]
+    terminal.fill(lambda client: client.set("large", np.zeros(1 << 18)))
+    for arguments in (["put", "a", "-"], ["get", "large", "-"]):
+        with subprocess.Popen([*stuck, *arguments, "--url", terminal.url], stdin=-1, stdout=-1, stderr=-1) as process:
+            assert process.stdin is not None
+            assert process.stdout is not None
+            assert process.stderr is not None
+            try:
+                if arguments[0] == "put":
+                    process.stdin.write(bytes(1 << 18))  # more than a pipe takes: it reads
+                else:
+                    process.stdout.read(1)  # it writes
+                time.sleep(0.05)  # until it waits
+                process.send_signal(signal.SIGINT)
+                assert process.wait(20) == 130
+                assert process.stderr.read() == b"aionpredis: interrupted by SIGINT\n"
+            finally:
+                process.kill()
+    assert not stock.exists("a")
 
 
 def test_what_is_no_array_is_not_stored(terminal: Terminal, stock: redis.Redis, tmp_path: Path) -> None:
@@ -476,6 +586,58 @@ def test_actors_of_a_replay_that_is_deleted_are_told_and_leave_nothing(terminal:
 
     terminal.fill(work)
     assert stock.dbsize() == 0
+
+
+@pytest.mark.one_server("of the terminal")
+def test_a_policy_that_became_a_replay_while_it_asked_is_left_alone(terminal: Terminal, stock: redis.Redis) -> None:
+    async def publish(client: Client) -> None:
+        await client.policy("pong").publish({"w": np.ones(5)})
+
+    terminal.fill(publish)
+    with at_a_terminal("delete", "pong", "--url", terminal.url) as (process, screen):
+        assert b"Delete the policy pong" in read_until(screen, b"[y/N]")
+        terminal.fill(fill_replay)
+        before = set(stock.scan_iter())
+        os.write(screen, b"y\n")
+        assert b"pong is a replay by now" in read_until(screen, b"delete it again")
+        assert process.wait(20) == 1
+    assert set(stock.scan_iter()) == before
+
+
+def test_of_a_replay_that_was_begun_meanwhile_neither_log_nor_data_is_left_over() -> None:
+    survey = Survey(Pattern("pong"))
+    weights, log, chunk = b"pong:policy:1:0123456789abcdef", b"{pong}:log", b"pong:7:0123456789abcdef:0"
+    survey.groups["pong"] = group = Group("pong")
+    for key, left in (
+        (weights, True),
+        (b"{pong}:policy", True),
+        (b"{pong}:actors", True),
+        (log, False),
+        (chunk, False),
+    ):
+        owned = owner(key)
+        assert owned is not None
+        assert _is_left(survey, owned) is left
+    group.runs, group.chunks = {7}, 1  # of which no log knows
+    owned = owner(chunk)
+    assert owned is not None
+    assert _is_left(survey, owned)
+
+
+@pytest.mark.one_server("of the terminal")
+def test_ctrl_c_at_the_question_deletes_nothing(terminal: Terminal, stock: redis.Redis) -> None:
+    stock.set("k", "x")
+    for answer, code in ((b"\x03", 130), (b"\x04", 1), (b"n\n", 1)):
+        with at_a_terminal("delete", "k", "--url", terminal.url) as (process, screen):
+            read_until(screen, b"[y/N]: ")
+            if code == 130:
+                time.sleep(0.1)  # until it waits
+                process.send_signal(signal.SIGINT)  # the terminal is not the one that controls it
+            else:
+                os.write(screen, answer)
+            assert b"\r\naionpredis: nothing was deleted" in read_until(screen, b"deleted")
+            assert process.wait(20) == code
+    assert stock.exists("k")
 
 
 SLOW = "from aionpredis import client; client.SCAN_KEYS = 1; from aionpredis.cli import main; main()"
@@ -671,6 +833,11 @@ def test_shells_complete_commands_and_options() -> None:
         }
         done = runner().invoke(app, [], env=environment, prog_name="aionpredis")
         assert (done.exit_code, set(done.stdout.split())) == (0, found)
+
+
+def test_version_is_that_of_the_package() -> None:
+    done = runner().invoke(app, ["--version"])
+    assert (done.exit_code, done.stdout) == (0, f"aionpredis {aionpredis.__version__}\n")
 
 
 def test_help_imports_nothing_heavy() -> None:

@@ -7,6 +7,7 @@ import json
 import os
 import pty
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -325,6 +326,19 @@ def test_it_fits_the_terminal_and_leaves_no_actor_out_of_the_sums() -> None:
             assert total == 16 * sum(range(500))
 
 
+def test_no_name_or_error_can_write_control_codes() -> None:
+    bad = "\x1b[31mred\r\n\x9b2J"
+    run = RunView(1_795_400_296_674_586, time.time() - 90, 7, 124_750, 1_996_000, 12_345_678, 987_654_321_000)
+    view = View("r", time.time(), run, actors=[ActorView("0", bad, 1, 1, 1, 1.0, 1.0)], denied=[bad])
+    view.readers = [ReaderView(bad, 1, 1)]
+    view.servers = [ServerView(f"redis://{bad}", 10**10, 2**34, 0, 9, 1, 1, 1, 1)]
+    console = Console(width=80, file=io.StringIO(), color_system=None, highlight=False, markup=False)
+    console.print(render(Trouble("r", view.at + 3, bad, view), height=None))
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert text.count("\\x1b[31mred\\r\\n\\x9b2J") >= 4
+    assert all(char.isprintable() or char == "\n" for char in text)
+
+
 # --- the command -----------------------------------------------------------------------------------------------------
 
 COMMAND = [sys.executable, "-m", "aionpredis", "watch"]
@@ -369,6 +383,20 @@ def test_json_is_a_line_for_each_look_and_ctrl_c_is_a_clean_end() -> None:
             process.send_signal(signal.SIGINT)
             _, errors = process.communicate(timeout=20)
             assert (process.returncode, errors) == (0, "")
+
+
+@pytest.mark.one_server("the command")
+@pytest.mark.parametrize(("arguments", "code"), [([], 0), (["--once"], 130)])
+def test_a_single_look_that_was_interrupted_is_no_success(arguments: list[str], code: int) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"redis://127.0.0.1:{silent.getsockname()[1]}"
+        with started("r", "--url", url, *arguments) as process:
+            connection, _ = silent.accept()
+            with connection:
+                process.send_signal(signal.SIGINT)
+                _, errors = process.communicate(timeout=20)
+    assert process.returncode == code
+    assert errors == ("aionpredis: interrupted by SIGINT\n" if code else "")
 
 
 @pytest.mark.one_server("the command")

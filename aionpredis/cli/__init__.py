@@ -5,6 +5,7 @@ At their top they import nothing that only their work needs: ``--help``, and eac
 
 from __future__ import annotations
 
+import io
 import sys
 
 try:
@@ -15,6 +16,9 @@ except ModuleNotFoundError as missing:
     print('aionpredis: the command needs typer: pip install "aionpredis[cli]"', file=sys.stderr)
     raise SystemExit(2) from None
 
+from typing import Annotated
+
+from aionpredis import __version__
 from aionpredis.cli.bench import bench
 from aionpredis.cli.checkpoint import restore, save
 from aionpredis.cli.delete import delete
@@ -30,7 +34,6 @@ __all__ = ["app", "main"]
 
 app = typer.Typer(
     name="aionpredis",
-    help="NumPy arrays between async Python programs through Redis or Valkey.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
@@ -38,8 +41,27 @@ for command in (demo, ls, show, get, put, delete, save, restore, serve, watch, d
     app.command()(command)
 
 
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"aionpredis {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version, and exit.")
+    ] = False,
+) -> None:
+    """NumPy arrays between async Python programs through Redis or Valkey."""
+
+
 def main() -> None:
     """Entry point of the command."""
+    raw = getattr(sys.stdout, "buffer", None)
+    if isinstance(raw, io.RawIOBase):  # PYTHONUNBUFFERED: each write to a pipe may be cut short, and nobody is told
+        encoding, errors = sys.stdout.encoding, sys.stdout.errors
+        sys.stdout = io.TextIOWrapper(io.BufferedWriter(raw), encoding, errors, line_buffering=True)
     try:
         app()
     except KeyboardInterrupt:  # between the last command's end and here

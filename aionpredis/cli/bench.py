@@ -10,7 +10,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from aionpredis.cli.common import AsJson, console, need, print_json, progress, table_of, until_done
+from aionpredis.cli.common import (
+    AsJson,
+    Url,
+    UrlFirst,
+    console,
+    need,
+    print_json,
+    progress,
+    shown,
+    table_of,
+    until_done,
+)
 
 if TYPE_CHECKING:
     from aionpredis.cli.measure import Probe
@@ -22,10 +33,8 @@ NBYTES = 32 << 20
 
 
 def bench(
-    url: Annotated[
-        str | None,
-        typer.Argument(envvar="REDIS_URL", help="The server, as connect() takes it; default: an embedded one."),
-    ] = None,
+    server: UrlFirst = None,
+    url: Url = None,
     shape: Annotated[str, typer.Option(help="Of the arrays.")] = "80,80",
     dtype: Annotated[str, typer.Option(help="Of the arrays.")] = "uint16",
     rounds: Annotated[int, typer.Option(min=1, help="Of which medians are taken.")] = 5,
@@ -41,7 +50,7 @@ def bench(
     result = Bench()
     try:
         with progress("measuring") as report:
-            until_done(lambda: result.run(url, shape, dtype, rounds, report), interrupted=result.so_far)
+            until_done(lambda: result.run(server or url, shape, dtype, rounds, report), interrupted=result.so_far)
     finally:
         if any(result.samples.values()):
             if as_json:
@@ -156,6 +165,6 @@ class Bench:
                 table.add_row(name, *(f"{1e6 * seconds:,.0f} µs" for seconds in three), "")
             else:
                 table.add_row(name, *(f"{rate:,.0f}/s" for rate in three), f"{three[0] * self.nbytes / 1e6:,.0f}")
-        lines = [Text(f"{name}: {value}", style="dim") for name, value in self.environment.items()]
-        missing = [Text(f"left out: {name}: {reason}", style="yellow") for name, reason in self.left_out.items()]
+        lines = [Text(f"{name}: {shown(value)}", style="dim") for name, value in self.environment.items()]
+        missing = [Text(f"left out: {name}: {shown(reason)}", style="yellow") for name, reason in self.left_out.items()]
         return Group(*lines, "", table, *missing)

@@ -31,7 +31,8 @@ SEND_BUFFER = 4 << 20
 @dataclass
 class Finding:
     """``level``: a problem breaks a promise, or will; a hint costs speed or safety; a note is good to know. ``how``: commands,
-    and lines of the server's configuration. ``servers``: whose it is.
+    and lines of the server's configuration; where they belong stands before them, since neither can have a comment.
+    ``servers``: whose it is.
     """
 
     level: Level
@@ -70,11 +71,11 @@ def check(servers: Iterable[Server]) -> list[Finding]:
 
 def _set(name: str, value: str) -> list[str]:
     quoted = value if value and " " not in value else f'"{value}"'
-    return [f"CONFIG SET {name} {quoted}", f"{name} {value or quoted}  # in its configuration file"]
+    return [f"CONFIG SET {name} {quoted}", f"in its configuration file: {name} {value or quoted}"]
 
 
 def _in_file(line: str) -> list[str]:
-    return [f"{line}  # in its configuration file; it must be restarted"]
+    return [f"in its configuration file, and it must be restarted: {line}"]
 
 
 def _size(nbytes: int) -> str:
@@ -189,7 +190,10 @@ def _full(server: Server) -> Finding | None:
     if not most or used < 0.9 * most:
         return None
     why = "when it is full, writes are refused: actors and writers wait, set() raises ServerFull"
-    how = ["delete what is not needed; capacity= of the replay; begin_run(keep=1)", *_set("maxmemory", "more")]
+    how = [
+        "delete what is not needed; capacity= of the replay; begin_run(keep=1)",
+        "a larger maxmemory, if the machine has it",
+    ]
     return Finding("problem" if used >= most else "hint", "used_memory", f"{used / most:.0%} of maxmemory", why, how)
 
 
@@ -210,7 +214,7 @@ def _allocator(server: Server) -> Finding | None:
         "chunks of 205 kB are written for the first time at 1.0 instead of 1.45 GB/s, 100 MB overwritten at 1.2 instead of 3.7"
     )
     variables = "MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=1099511627776 MALLOC_TOP_PAD_=67108864"
-    return Finding("note", "mem_allocator", "libc", why, [f"{variables}  # in its environment; it must be restarted"])
+    return Finding("note", "mem_allocator", "libc", why, [f"in its environment, and it must be restarted: {variables}"])
 
 
 # --- speed -----------------------------------------------------------------------------------------------------------
@@ -453,8 +457,8 @@ def _down_after(server: Server) -> Finding | None:
         return None
     why = "so long nobody is served before a successor is looked for; retry_timeout, 30 s, has to be longer than all of it"
     how = [
-        f"SENTINEL SET {name} down-after-milliseconds 5000  # on each Sentinel",
-        f"sentinel down-after-milliseconds {name} 5000  # in their configuration files",
+        f"on each Sentinel: SENTINEL SET {name} down-after-milliseconds 5000",
+        f"in their configuration files: sentinel down-after-milliseconds {name} 5000",
     ]
     return Finding("hint", "down-after-milliseconds", str(milliseconds), why, how)
 
@@ -473,7 +477,7 @@ def _successor(server: Server) -> Finding | None:
     if not server.service or _redundant(server):
         return None
     why = "its Sentinels have nobody to take its place"
-    return Finding("hint", "replicas", "0", why, ["REPLICAOF <host> <port>  # on another server"])
+    return Finding("hint", "replicas", "0", why, ["on another server: REPLICAOF <host> <port>"])
 
 
 @_check
@@ -485,7 +489,7 @@ def _cluster_state(server: Server) -> Finding | None:
         return None
     value = f"{state}, {assigned:,} of 16,384 slots assigned, {server.cluster.get('cluster_slots_fail')} failed"
     why = "keys of slots that nobody serves are refused (CLUSTERDOWN)"
-    return Finding("problem", "cluster_state", value, why, ["CLUSTER NODES  # who is gone", "CLUSTER ADDSLOTSRANGE …"])
+    return Finding("problem", "cluster_state", value, why, ["who is gone: CLUSTER NODES", "CLUSTER ADDSLOTSRANGE …"])
 
 
 @_check
@@ -502,7 +506,7 @@ def _cluster_replica(server: Server) -> Finding | None:
     if not server.cluster or _redundant(server):
         return None
     why = "when this primary is gone, so are its keys, and nobody takes its place"
-    return Finding("hint", "replicas", "0", why, ["CLUSTER REPLICATE <its id>  # on another server"])
+    return Finding("hint", "replicas", "0", why, ["on another server: CLUSTER REPLICATE <its id>"])
 
 
 @_check
@@ -531,8 +535,9 @@ def _node_timeout(server: Server) -> Finding | None:
 @_check
 def _open(server: Server) -> Finding | None:
     bind = server.config.get("bind", "")
-    only_here = server.is_unix or all(address.lstrip("-") in ("127.0.0.1", "::1") for address in bind.split() or ["*"])
-    if not server.config or not server.anybody or only_here or server.config.get("protected-mode") == "yes":
+    has_port = any(server.config.get(name, "0") != "0" for name in ("port", "tls-port"))
+    only_here = all(address.lstrip("-") in ("127.0.0.1", "::1") for address in bind.split() or ["*"])
+    if not server.anybody or not has_port or only_here or server.config.get("protected-mode") == "yes":
         return None
     why = "whoever reaches the port may do everything, without a password"
     return Finding("problem", "user default", f"nopass, bind {bind or 'all'}", why, ["ACL SETUSER default >PASSWORD"])

@@ -2,6 +2,8 @@
 
 What was asked for goes to stdout, progress and errors to stderr. Exit codes: 0; 1: it failed, for a reason that is said in
 one line; 2: it was called wrongly, or something is not installed; 128 + the number of the signal that interrupted it.
+
+What others stored or a server says reaches a terminal by :func:`shown` only.
 """
 
 from __future__ import annotations
@@ -26,13 +28,17 @@ if TYPE_CHECKING:
 __all__ = [
     "AsJson",
     "Url",
+    "UrlFirst",
     "console",
     "fail",
+    "given",
+    "in_one_line",
     "need",
     "print_json",
     "print_table",
     "progress",
     "said",
+    "shown",
     "table_of",
     "until_done",
     "with_client",
@@ -41,12 +47,22 @@ __all__ = [
 T = TypeVar("T")
 
 Url = Annotated[str | None, typer.Option("--url", envvar="REDIS_URL", help="The server, as connect() takes it.")]
+UrlFirst = Annotated[
+    str | None,
+    typer.Argument(metavar="URL", help="The same as --url, which it goes before. Without both: an embedded one."),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def shown(name: str | bytes) -> str:
+    """For a terminal: one line, and no control codes, whatever somebody stored."""
+    text = name.decode("utf-8", "backslashreplace") if isinstance(name, bytes) else name
+    return "".join(char if char.isprintable() else char.encode("unicode_escape", "replace").decode() for char in text)
 
 
 def said(message: str, code: int) -> int:
     """The code, after this has been said on stderr."""
-    print(f"aionpredis: {message}", file=sys.stderr, flush=True)
+    print(f"aionpredis: {shown(message)}", file=sys.stderr, flush=True)
     return code
 
 
@@ -61,25 +77,24 @@ def need(*modules: str, extra: str = "cli") -> None:
         fail(f'this needs {" and ".join(lacking)}: pip install "aionpredis[{extra}]"', 2)
 
 
-def until_done(
-    work: Callable[[], Awaitable[T]], *, interrupted: Callable[[], str] | None = None, endless: bool = False
-) -> T:
-    """The result of ``await work()``, in an event loop of its own.
+def given(url: str | None) -> str:
+    """The server that was named; else the command ends."""
+    if url is None:
+        fail("which server? --url, or the environment's REDIS_URL", 2)
+    return url
 
-    An error of this package or the system's (a file cannot be written, …), and Ctrl-C, end the command with a line on
-    stderr. ``interrupted``: says what had been done until Ctrl-C, when ``work`` has ended. ``endless``: nothing but Ctrl-C
-    ends it, so that is no failure.
+
+@contextmanager
+def in_one_line() -> Iterator[None]:
+    """An error of this package or the system's (a file cannot be written, …), and Ctrl-C, end the command with a line on
+    stderr.
     """
-    from aionpredis.cli.interrupt import Interrupted, until_interrupted
     from aionpredis.demo.failure import cause_of
-    from aionpredis.loop import run
 
     try:
-        result: T = run(until_interrupted, work)
-    except Interrupted as error:
-        if endless:
-            raise typer.Exit(0) from None
-        fail(f"{error}; {interrupted()}" if interrupted else str(error), error.exit_code)
+        yield
+    except KeyboardInterrupt:
+        fail("interrupted by SIGINT", 130)
     except (AionpredisError, OSError, BaseExceptionGroup) as error:
         cause = cause_of(error, (AionpredisError, OSError))
         if cause is None:
@@ -87,6 +102,26 @@ def until_done(
         if isinstance(cause, BrokenPipeError):  # who read stdout (head, …) has seen enough; typer ends it silently
             raise cause from None
         fail(str(cause))
+
+
+def until_done(
+    work: Callable[[], Awaitable[T]], *, interrupted: Callable[[], str] | None = None, endless: bool = False
+) -> T:
+    """The result of ``await work()``, in an event loop of its own; errors as :func:`in_one_line` has them.
+
+    Ctrl-C and SIGTERM cancel ``work``. ``interrupted``: says what had been done until then, when it has ended. ``endless``:
+    nothing but these end it, so that is no failure.
+    """
+    with in_one_line():
+        from aionpredis.cli.interrupt import Interrupted, until_interrupted
+        from aionpredis.loop import run
+
+        try:
+            result: T = run(until_interrupted, work)
+        except Interrupted as error:
+            if endless:
+                raise typer.Exit(0) from None
+            fail(f"{error}; {interrupted()}" if interrupted else str(error), error.exit_code)
     return result
 
 
@@ -94,13 +129,12 @@ def with_client(
     url: str | None, work: Callable[[Client], Awaitable[T]], *, interrupted: Callable[[], str] | None = None
 ) -> T:
     """The result of ``await work(client)``, as :func:`until_done` has it; a client of this server, open."""
-    if url is None:
-        fail("which server? --url, or the environment's REDIS_URL", 2)
+    server = given(url)
 
     import aionpredis
 
     async def connected() -> T:
-        async with aionpredis.connect(url) as client:
+        async with aionpredis.connect(server) as client:
             return await work(client)
 
     return until_done(connected, interrupted=interrupted)

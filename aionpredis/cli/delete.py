@@ -11,7 +11,7 @@ import typer
 from aionpredis.cli.common import AsJson, Url, fail, need, print_json, progress, with_client
 
 if TYPE_CHECKING:
-    from aionpredis.cli.survey import Survey
+    from aionpredis.cli.survey import Group, Survey
     from aionpredis.client import Client
     from aionpredis.replay.keys import Owned
 
@@ -26,7 +26,8 @@ def delete(
 ) -> None:
     """Delete keys, and replays with their policies: all that `ls` lists for these patterns.
 
-    A replay's actors are refused from the first step on. After Ctrl-C the same command goes on where it was.
+    It counts, asks, and then deletes what matches by then: single keys that came meanwhile, too, but no new replay or
+    policy. A replay's actors are refused from the first step on. After Ctrl-C the same command goes on where it was.
     """
     need("rich")
     from aionpredis.cli.survey import Pattern, Survey
@@ -46,7 +47,12 @@ def delete(
     if found and not yes:
         if not sys.stdin.isatty():
             fail(f"this would delete {found}: --yes", 2)
-        if not typer.confirm(f"Delete {found}?", err=True):
+        try:
+            agreed = typer.confirm(f"Delete {found}?", err=True)
+        except typer.Abort as abort:
+            print(file=sys.stderr)  # the question's line has no end
+            fail("nothing was deleted", 130 if isinstance(abort.__context__, KeyboardInterrupt) else 1)
+        if not agreed:
             fail("nothing was deleted")
     started = time.monotonic()
     if found:
@@ -99,14 +105,30 @@ async def _delete(client: Client, survey: Survey, deleted: dict[str, int]) -> No
                 await runs.delete(client, Names(group.name), count)
                 deleted["replays"] += 1
         async for page in client.scan_pages():
-            keys = [key for key, owned in survey.matching(page) if owned is None or _is_left(survey, owned)]
+            matching = list(survey.matching(page))
+            for name in {owned.name for _, owned in matching if owned is not None}:
+                await _check_policy(client, survey.groups.get(name))
+            keys = [key for key, owned in matching if owned is None or _is_left(survey, owned)]
             count(await client.count_keys("UNLINK", keys, repeatable=True))
         deleted["policies"] = sum(group.kind == "policy" for group in survey.groups.values())
 
 
+async def _check_policy(client: Client, group: Group | None) -> None:
+    """Stop before a policy that stood alone and is a replay's by now: nobody has fenced that."""
+    from aionpredis.errors import UsageError
+    from aionpredis.replay.log import Names
+
+    if group is not None and group.kind == "policy" and await client.exists(Names(group.name).log):
+        raise UsageError(
+            f"{group.name} is a replay by now, no policy that stands alone: look at it and delete it again"
+        )
+
+
 def _is_left(survey: Survey, owned: Owned) -> bool:
     """Whether the key is of a policy that stands alone, or a chunk that no log named. A replay of that name, which somebody
-    has begun meanwhile, is none of our business: its runs have other numbers.
+    has begun meanwhile, is none of our business: its log is not touched, and its runs have other numbers.
     """
     group = survey.groups.get(owned.name)
-    return group is not None and (group.kind == "policy" or owned.number in group.runs)
+    if group is None:
+        return False
+    return owned.number in group.runs if group.kind == "replay" else owned.part not in ("log", "chunk")

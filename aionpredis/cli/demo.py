@@ -18,7 +18,9 @@ def demo(
     transitions: Annotated[int | None, typer.Option(help="In each run, at least; default: 6000, Pong 8000.")] = None,
     simulators: Annotated[int | None, typer.Option(help="Processes; default: one for each core.")] = None,
     environments: Annotated[int | None, typer.Option(help="In each simulator; default: 8 in total.")] = None,
-    url: Annotated[str | None, typer.Option(help="Use this server instead of an embedded one.")] = None,
+    url: Annotated[
+        str | None, typer.Option(help="Use this server, not an embedded one; REDIS_URL does not count.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of the environments and of learning.")] = 0,
     plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw the results: .png, .svg, .pdf.")] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress, and no table.")] = False,

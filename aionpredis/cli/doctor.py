@@ -9,7 +9,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from aionpredis.cli.common import AsJson, console, need, print_json, progress, table_of, until_done
+from aionpredis.cli.common import (
+    AsJson,
+    Url,
+    UrlFirst,
+    console,
+    need,
+    print_json,
+    progress,
+    shown,
+    table_of,
+    until_done,
+)
 
 if TYPE_CHECKING:
     from aionpredis.cli.checks import Finding
@@ -29,10 +40,8 @@ PATIENCE = 5.0
 
 
 def doctor(
-    url: Annotated[
-        str | None,
-        typer.Argument(envvar="REDIS_URL", help="The server, as connect() takes it; default: an embedded one."),
-    ] = None,
+    server: UrlFirst = None,
+    url: Url = None,
     shape: Annotated[str, typer.Option(help="Of the arrays to measure with.")] = "80,80",
     dtype: Annotated[str, typer.Option(help="Of the arrays to measure with.")] = "uint16",
     as_json: AsJson = False,
@@ -44,7 +53,7 @@ def doctor(
     """
     need("rich")
     with progress("looking and measuring"):
-        report = until_done(lambda: _examine(url, shape, dtype))
+        report = until_done(lambda: _examine(server or url, shape, dtype))
     if as_json:
         print_json(dataclasses.asdict(report) | {"ok": report.ok})
     else:
@@ -189,7 +198,7 @@ def render(report: Report) -> Any:
         facts = [server["server"], server["mode"], server["role"]]
         facts += [f"{server['replicas']} replicas"] if server["replicas"] else []
         facts += [f"user {server['user']}"] if server["user"] else []
-        parts.append(Text.assemble((server["url"], "bold"), f"  {', '.join(facts)}"))
+        parts.append(Text.assemble((shown(server["url"]), "bold"), f"  {shown(', '.join(facts))}"))
     if not report.servers:
         parts.append(Text(report.url, style="bold"))
     if report.rates:
@@ -197,11 +206,11 @@ def render(report: Report) -> Any:
     for finding in report.findings:
         parts += [Text(), _finding(finding)]
         where = finding.servers if len(report.servers) > 1 and len(finding.servers) < len(report.servers) else []
-        lines = [Text(finding.why), *(Text(f"on {url}", style="dim") for url in where)]
-        lines += [Text(line, style="green") for line in finding.how]
+        lines = [Text(shown(finding.why)), *(Text(f"on {shown(url)}", style="dim") for url in where)]
+        lines += [Text(shown(line), style="green") for line in finding.how]
         parts += [Padding(line, (0, 0, 0, 4), expand=False) for line in lines]
     parts.append(Text())
-    parts += [Text(f"not looked at: {reason}", style="dim") for reason in report.not_seen]
+    parts += [Text(f"not looked at: {shown(reason)}", style="dim") for reason in report.not_seen]
     counts = {level: sum(finding.level == level for finding in report.findings) for level in STYLES}
     said = ", ".join(f"{count} {level}{'s' * (count != 1)}" for level, count in counts.items() if count)
     done = f"{report.checks} checks of {len(report.servers)} server{'s' * (len(report.servers) != 1)}: "
@@ -214,7 +223,9 @@ def render(report: Report) -> Any:
 def _finding(finding: Finding) -> Any:
     from rich.text import Text
 
-    return Text.assemble((f"{finding.level}: ", STYLES[finding.level]), (finding.name, "bold"), f" = {finding.value}")
+    return Text.assemble(
+        (f"{finding.level}: ", STYLES[finding.level]), (finding.name, "bold"), f" = {shown(finding.value)}"
+    )
 
 
 def _speed(report: Report) -> Any:

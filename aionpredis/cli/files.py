@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from aionpredis.cli.common import AsJson, Url, fail, print_json, with_client
+from aionpredis.cli.common import AsJson, Url, fail, given, in_one_line, print_json, shown, with_client
 
 if TYPE_CHECKING:
     from aionpredis.client import Client
+    from aionpredis.wire.resp import Buffer
 
 __all__ = ["get", "put"]
 
@@ -24,8 +27,6 @@ def get(
     as_json: AsJson = False,
 ) -> None:
     """Store an array, or a record, as a file. The file is there when it is complete."""
-    import sys
-
     if file == Path("-") and (as_json or sys.stdout.isatty()):
         fail("a file on stdout, which is a terminal" if not as_json else "a file and JSON on the same stdout", 2)
 
@@ -36,21 +37,27 @@ def get(
     from aionpredis.errors import UsageError
     from aionpredis.requests import encode_array, encode_record
 
-    async def work(client: Client) -> dict[str, Any]:
+    async def work(client: Client) -> tuple[dict[str, Any], Sequence[Buffer]]:
         entry = await values.looked(client, key)
         kind, arrays = await values.load(client, entry)
         if file.suffix in (".npy", ".safetensors") and file.suffix != kind.value:
             what = "an array" if kind is Kind.ARRAY else "a record"
             raise UsageError(f"{what} is stored: name the file …{kind.value}, not {file.name}")
         parts = encode_array(arrays[""], None) if kind is Kind.ARRAY else encode_record(arrays, None)
-        await anyio.to_thread.run_sync(values.write, file, parts)
-        return entry.as_dict() | {"file": str(file), "file_bytes": sum(map(len, parts))}
+        if file != Path("-"):
+            await anyio.to_thread.run_sync(values.write, file, parts)
+        return entry.as_dict() | {"file": str(file), "file_bytes": sum(map(len, parts))}, parts
 
-    facts = with_client(url, work)
+    facts, parts = with_client(url, work)
     if as_json:
         print_json(facts)
     elif file != Path("-"):
-        print(f"{file}: {facts['file_bytes']:,} bytes")
+        print(f"{shown(bytes(file))}: {facts['file_bytes']:,} bytes")
+    else:
+        with in_one_line():  # in no thread: however long nobody reads it, Ctrl-C ends it
+            for part in parts:
+                sys.stdout.buffer.write(part)
+            sys.stdout.buffer.flush()
 
 
 def put(
@@ -62,14 +69,15 @@ def put(
     as_json: AsJson = False,
 ) -> None:
     """Store a file as an array or a record, which it is by its content. Nothing that is pickled is read."""
-    import anyio.to_thread
-
     from aionpredis.cli import values
     from aionpredis.cli.survey import key_of
     from aionpredis.codecs import Kind
 
+    given(url)
+    with in_one_line():  # before there is a loop: however long nobody writes to stdin, Ctrl-C ends it
+        kind, arrays = values.source(file)
+
     async def work(client: Client) -> dict[str, Any]:
-        kind, arrays = await anyio.to_thread.run_sync(values.source, file)
         if kind is Kind.ARRAY:
             await client.set(key_of(key), arrays[""], ttl=ttl, codec=codec)
         else:
@@ -80,4 +88,6 @@ def put(
     if as_json:
         print_json(facts)
     else:
-        print(f"{key}: {facts['kind']}, {facts['stored_bytes']:,} bytes stored")
+        stored = facts["stored_bytes"]
+        what = f"{facts['kind']}, {stored:,} bytes stored" if stored is not None else f"stored; {facts['problem']}"
+        print(f"{shown(key_of(key))}: {shown(what)}")

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from aionpredis.cli.common import AsJson, Url, need, print_json, print_table, progress, with_client
+from aionpredis.cli.common import AsJson, Url, need, print_json, print_table, progress, shown, with_client
 
 if TYPE_CHECKING:
     from aionpredis.cli.survey import Entry, Survey
@@ -59,8 +59,6 @@ def ls(
 def _print(survey: Survey, entries: list[Entry]) -> None:
     from rich.filesize import decimal
 
-    from aionpredis.cli.survey import shown
-
     replays, policies, keys = [], [], []
     for group in sorted(survey.groups.values(), key=lambda group: group.name):
         version = "" if group.policy_version is None else f"{group.policy_version}"
@@ -85,7 +83,6 @@ def _print(survey: Survey, entries: list[Entry]) -> None:
 
 
 def _contents(entry: Entry) -> str:
-    from aionpredis.cli.survey import shown
     from aionpredis.codecs import Kind
 
     about = entry.about
@@ -104,8 +101,6 @@ def _columns(columns: Any, *, rows: bool = True) -> str:
 
 
 def _column(name: str, column: Column, *, rows: bool = True) -> str:
-    from aionpredis.cli.survey import shown
-
     shape = column.shape if rows else column.shape[1:]
     words = shown(name)[:40], shown(str(column.dtype))[:60], str(shape) if shape or not name else ""
     return " ".join(word for word in words if word)

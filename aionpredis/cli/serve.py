@@ -11,7 +11,7 @@ from urllib.parse import quote
 
 import typer
 
-from aionpredis.cli.common import AsJson, fail, need, print_json, until_done
+from aionpredis.cli.common import AsJson, fail, need, print_json, shown, until_done
 
 __all__ = ["serve"]
 
@@ -44,7 +44,6 @@ def serve(
     import anyio
     import anyio.to_thread
 
-    from aionpredis.cli.survey import shown
     from aionpredis.errors import AionpredisError
     from aionpredis.server import Server
 

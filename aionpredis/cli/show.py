@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from aionpredis.cli.common import AsJson, Url, console, fail, need, print_json, print_table, with_client
+from aionpredis.cli.common import AsJson, Url, console, fail, need, print_json, print_table, shown, with_client
 
 if TYPE_CHECKING:
     import numpy as np
@@ -35,6 +35,8 @@ def show(
 ) -> None:
     """Show a value: what it is, its statistics, and a picture if it looks like an image, or like several."""
     need("rich", *(["PIL"] if png else []))
+    if png == Path("-"):
+        fail("--png takes the name of a file: stdout has the text", 2)
     import anyio.to_thread
 
     from aionpredis.cli import values
@@ -62,7 +64,7 @@ def show(
     _print(entry, parts, index)
     out = console()
     if image is not None and png is not None:
-        print(f"{png}: {image.shape[1]} x {image.shape[0]} pixels")
+        print(f"{shown(bytes(png))}: {image.shape[1]} x {image.shape[0]} pixels")
     elif image is not None and out.color_system is not None and not out.no_color:
         from aionpredis.cli.picture import half_blocks
 
@@ -104,8 +106,6 @@ def _look_at(
 
 
 def _print(entry: Entry, parts: list[_Shown], index: int | None) -> None:
-    from aionpredis.cli.survey import shown
-
     about = entry.about
     print(f"{shown(entry.key)}: {entry.kind}" + ("" if entry.problem is None else f", {shown(entry.problem)}"))
     if about is not None:

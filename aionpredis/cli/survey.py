@@ -19,7 +19,7 @@ from aionpredis.replay.keys import Owned, owner
 if TYPE_CHECKING:
     from aionpredis.client import Client
 
-__all__ = ["Entry", "Group", "Pattern", "Survey", "columns_json", "key_of", "look", "name_of", "shown"]
+__all__ = ["Entry", "Group", "Pattern", "Survey", "columns_json", "key_of", "look", "name_of"]
 
 LOOKED_AT = 256
 """Keys whose headers are asked for at once."""
@@ -32,7 +32,7 @@ MAX_HEAD = 64 << 10
 class Entry(NamedTuple):
     """One key. ``kind``: array, record, compressed (by a codec that is not this package's), corrupt, forbidden (to this user),
     or, of foreign ones, what the server says (string, list, stream, …). ``stored``: bytes, None of foreign ones but strings.
-    ``ttl``: seconds. ``problem``: why it is corrupt.
+    ``ttl``: seconds. ``problem``: why it is corrupt, or forbidden.
     """
 
     key: bytes
@@ -225,8 +225,9 @@ async def look(client: Client, keys: Sequence[bytes]) -> list[Entry]:
         again = True
         stored, head, ttl = replies[3 * number : 3 * number + 3]
         while True:
-            if any(isinstance(reply, ServerError) and reply.code == "NOPERM" for reply in (stored, head, ttl)):
-                entries.append(Entry(key, "forbidden", None, None, None))
+            refusals = [each for each in (stored, head, ttl) if isinstance(each, ServerError) and each.code == "NOPERM"]
+            if refusals:
+                entries.append(Entry(key, "forbidden", None, None, None, str(refusals[0])))
                 break
             if _is_foreign(stored) or _is_foreign(head):
                 kind = (await client.call("TYPE", key, repeatable=True)).decode()
@@ -289,12 +290,6 @@ def key_of(name: str) -> bytes:
 def name_of(key: bytes) -> str:
     """A key as JSON has it; what is no UTF-8 becomes lone surrogates, as Python has them (PEP 383)."""
     return key.decode("utf-8", "surrogateescape")
-
-
-def shown(name: str | bytes) -> str:
-    """For a terminal: one line, and no control codes, whatever somebody stored."""
-    text = name.decode("utf-8", "backslashreplace") if isinstance(name, bytes) else name
-    return "".join(char if char.isprintable() else char.encode("unicode_escape", "replace").decode() for char in text)
 
 
 def _column_json(column: Column, *, rows: bool = True) -> dict[str, Any]:

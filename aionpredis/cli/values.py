@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 import anyio
 import anyio.to_thread
@@ -14,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from aionpredis import codecs
-from aionpredis.cli.survey import Entry, key_of, look, shown
+from aionpredis.cli.common import shown
+from aionpredis.cli.survey import Entry, key_of, look
 from aionpredis.codecs import Kind
 from aionpredis.errors import DecodeError, NotAnArray, UsageError, WrongKind
 from aionpredis.names import check_name
@@ -23,6 +24,8 @@ from aionpredis.requests import MAX_VALUE
 from aionpredis.wire.resp import Buffer
 
 if TYPE_CHECKING:
+    from io import BufferedIOBase
+
     from aionpredis.client import Client
 
 __all__ = ["Arrays", "load", "looked", "opened", "source", "write"]
@@ -53,7 +56,10 @@ async def load(client: Client, entry: Entry) -> tuple[Kind, Arrays]:
 
     Raises:
         NotAnArray: neither an array nor a record.
+        UsageError: this user may not look at it, or it is gone.
     """
+    if entry.kind == "forbidden":
+        raise UsageError(f"{shown(entry.key)}: {entry.problem}")
     if entry.stored is None:
         raise NotAnArray(f"a {entry.kind} is stored, neither an array nor a record", key=entry.key)
     value = await client.get_value(entry.key)
@@ -72,14 +78,17 @@ def opened(value: memoryview, key: bytes | None = None) -> tuple[Kind, Arrays]:
 
 def source(path: Path) -> tuple[Kind, Arrays]:
     """What a file holds, by its content, whatever its name; ``-``: stdin. A file is mapped, not read: its pages come when
-    they are sent.
+    they are sent. Stdin and pipes are read. Blocks until they end, so no event loop may wait for it.
 
     Raises:
         UsageError: it holds neither an array nor a record; pickled objects, too.
     """
     try:
         if path == Path("-"):
-            return opened(np.frombuffer(sys.stdin.buffer.read(), np.uint8).data)
+            return opened(_read(sys.stdin.buffer))
+        if not path.is_file():
+            with path.open("rb") as file:
+                return opened(_read(file))
         if path.stat().st_size == 0:
             raise NotAnArray("it is empty")
         return opened(np.memmap(path, np.uint8, "r").data)
@@ -87,13 +96,18 @@ def source(path: Path) -> tuple[Kind, Arrays]:
         raise UsageError(f"{path}: {error}") from None
 
 
+def _read(file: BinaryIO) -> memoryview:
+    """All of it. Piece by piece: read() to the end waits in C, and misses a Ctrl-C that comes while it copies."""
+    data = bytearray()
+    while len(data) <= MAX_VALUE and (part := cast("BufferedIOBase", file).read1(1 << 20)):
+        data += part
+    if len(data) > MAX_VALUE:
+        raise NotAnArray(f"it has more than {MAX_VALUE >> 20} MiB, which no value has")
+    return memoryview(data)
+
+
 def write(path: Path, parts: Sequence[Buffer]) -> None:
-    """Write a file that has its name when it is complete; ``-``: to stdout."""
-    if path == Path("-"):
-        for part in parts:
-            sys.stdout.buffer.write(part)
-        sys.stdout.buffer.flush()
-        return
+    """Write a file that has its name when it is complete."""
     if path.is_dir():
         raise UsageError(f"{path} is a folder: name a file")
     partial = path.with_name(f".{path.name[:200]}.{os.urandom(4).hex()}.partial")

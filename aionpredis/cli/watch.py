@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from aionpredis.cli.common import AsJson, Url, console, fail, need, print_json, table_of, until_done
+from aionpredis.cli.common import AsJson, Url, console, given, need, print_json, shown, table_of, until_done
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -41,13 +41,14 @@ def watch(
 ) -> None:
     """Look at a replay while it is used: runs, actors, learners, the policy, the servers.
 
-    It reads the log, never the data. It goes on when the server restarts, fails over, or the replay is deleted; Ctrl-C ends
-    it. --json: one document for each look, each on a line; after a failed one {"replay": …, "at": …, "error": …}.
+    It reads the log, never the data. It goes on when the server restarts, fails over, or the replay is deleted; Ctrl-C or
+    SIGTERM ends it, with exit code 0. --json: one document for each look, each on a line; after a failed one
+    {"replay": …, "at": …, "error": …}.
     """
-    if url is None:
-        fail("which server? --url, or the environment's REDIS_URL", 2)
+    server = given(url)
     need("rich")
-    until_done(lambda: _watch(url, name, interval, partial(_display, as_json, live=not once), once=once), endless=True)
+    display = partial(_display, as_json, live=not once)
+    until_done(lambda: _watch(server, name, interval, display, once=once), endless=not once)
 
 
 @contextmanager
@@ -61,9 +62,9 @@ def _display(as_json: bool, *, live: bool) -> Iterator[Callable[[View | Trouble]
 
         # On the alternate screen: what it shows may be as high as the terminal, and is gone at the end.
         with Live(console=screen, screen=True, auto_refresh=False) as picture:
-            yield lambda shown: picture.update(render(shown, height=screen.height), refresh=True)
+            yield lambda seen: picture.update(render(seen, height=screen.height), refresh=True)
     else:
-        yield lambda shown: screen.print(render(shown, height=None))
+        yield lambda seen: screen.print(render(seen, height=None))
 
 
 async def _watch(
@@ -111,8 +112,8 @@ class Trouble:
     last: View | None
 
 
-def _print_line(shown: View | Trouble) -> None:
-    facts = dataclasses.asdict(shown)
+def _print_line(seen: View | Trouble) -> None:
+    facts = dataclasses.asdict(seen)
     facts.pop("last", None)
     print_json(facts, indent=None)
 
@@ -120,21 +121,21 @@ def _print_line(shown: View | Trouble) -> None:
 # --- what it looks like ----------------------------------------------------------------------------------------------
 
 
-def render(shown: View | Trouble, *, height: int | None) -> RenderableType:
+def render(seen: View | Trouble, *, height: int | None) -> RenderableType:
     """The picture; with not more lines than ``height``."""
     from rich.console import Group
     from rich.text import Text
 
-    view = shown.last if isinstance(shown, Trouble) else shown
-    clock = time.strftime("%H:%M:%S", time.localtime(shown.at))
-    head = Text.assemble((shown.replay, "bold"), f"  {clock}")
+    view = seen.last if isinstance(seen, Trouble) else seen
+    clock = time.strftime("%H:%M:%S", time.localtime(seen.at))
+    head = Text.assemble((seen.replay, "bold"), f"  {clock}")
     if view is None:
         parts: list[RenderableType] = [head]
     else:
         parts = [head, *_tables(view, height)]
-    if isinstance(shown, Trouble):
-        since = "" if view is None else f"; below is what was seen {_ago(shown.at - view.at)} ago"
-        parts.insert(1, Text(f"{shown.error}{since}", style="bold red"))
+    if isinstance(seen, Trouble):
+        since = "" if view is None else f"; below is what was seen {_ago(seen.at - view.at)} ago"
+        parts.insert(1, Text(f"{shown(seen.error)}{since}", style="bold red"))
     return Group(*parts)
 
 
@@ -153,7 +154,7 @@ def _tables(view: View, height: int | None) -> list[RenderableType]:
     tables = [*others[:1], *([_actors(view, room)] if view.actors else []), *others[1:]]
     for table in tables:
         parts += ["", table]
-    parts += [Text(f"not seen: {reason}", style="dim") for reason in view.denied]
+    parts += [Text(f"not seen: {shown(reason)}", style="dim") for reason in view.denied]
     return parts
 
 
@@ -195,12 +196,12 @@ def _actors(view: View, room: int | None) -> Any:
     """The fastest first, the silent last."""
     table = table_of("actor", "per second", "transitions", "chunks", "episodes", "last chunk")
     actors = sorted(view.actors, key=lambda actor: (-(actor.rate or 0), -actor.transitions))
-    shown = actors if room is None or len(actors) <= room else actors[: max(0, room - 1)]
-    for actor in shown:
+    first = actors if room is None or len(actors) <= room else actors[: max(0, room - 1)]
+    for actor in first:
         seen = "before" if actor.seen is None else f"{_ago(actor.seen)} ago"
         late = actor.seen is not None and actor.seen > SILENT_SECONDS
         table.add_row(
-            _short(actor.name or actor.incarnation, MAX_NAME),
+            _short(shown(actor.name or actor.incarnation), MAX_NAME),
             "–" if actor.rate is None else _count(actor.rate),
             f"{actor.transitions:,}",
             f"{actor.chunks:,}",
@@ -208,7 +209,7 @@ def _actors(view: View, room: int | None) -> Any:
             seen,
             style="yellow" if late else None,
         )
-    if rest := actors[len(shown) :]:
+    if rest := actors[len(first) :]:
         rates = [actor.rate for actor in rest if actor.rate is not None]
         table.add_row(
             f"… {len(rest)} more",
@@ -225,7 +226,7 @@ def _readers(view: View) -> Any:
     groups = any(reader.pending is not None for reader in view.readers)
     table = table_of("learner", "transitions behind", "chunks behind", *(["unacknowledged", "readers"] * groups))
     for reader in view.readers:
-        cells = [reader.name, f"{reader.transitions_behind:,}", f"{reader.chunks_behind:,}"]
+        cells = [shown(reader.name), f"{reader.transitions_behind:,}", f"{reader.chunks_behind:,}"]
         if reader.pending is not None:
             cells += [f"{reader.pending:,}", f"{reader.consumers:,}"]
         table.add_row(*cells)
@@ -237,7 +238,7 @@ def _servers(view: View) -> Any:
     for server in view.servers:
         share = server.used_memory / server.maxmemory if server.maxmemory else 0
         table.add_row(
-            _short(server.url.partition("://")[2], MAX_ADDRESS),
+            _short(shown(server.url.partition("://")[2]), MAX_ADDRESS),
             _bytes(server.used_memory),
             f"{_bytes(server.maxmemory)} ({share:.0%})" if server.maxmemory else "no limit",
             f"{server.evicted:,}",
