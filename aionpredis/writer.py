@@ -228,9 +228,16 @@ class Writer:
         """Whether so many bytes, besides those that are held, keep within the bound."""
         return self._held + size <= self._bound
 
-    async def accept_item(self, key: Key, command: list[Buffer], size: int, *, settle: bool) -> None:
-        """Accept what was encoded."""
-        await self._borrow(key, command, size, settle=settle)
+    async def accept_item(self, key: Key, command: list[Buffer], size: int) -> bool:
+        """Accept what was encoded; whether it filled a batch, so that others should run. Cancelled, it was not accepted."""
+        self._check_open()
+        batch = await self._lend(key, command, size, settle=False)
+        return batch is not batch.lane.current
+
+    async def settle_item(self, key: Key, command: list[Buffer], size: int) -> None:
+        """Accept it, and return when it is stored or has failed. Cancelled, its memory is not used any more."""
+        self._check_open()
+        await self._borrow(key, command, size, settle=True)
 
     # --- how it is done ------------------------------------------------------------------------------------------------
 
@@ -312,6 +319,18 @@ class Writer:
 
     async def _borrow(self, key: Key, commands: list[Buffer], size: int, *, settle: bool) -> None:
         """Accept without a copy. If a copy was promised (``settle``), the call lasts until the bytes are stored."""
+        batch = await self._lend(key, commands, size, settle=settle)
+        if settle:
+            try:
+                await self._until_settled(batch)
+            except BaseException:
+                batch.lane.withdraw(batch)
+                raise
+        elif batch is not batch.lane.current:  # it is full
+            await anyio.lowlevel.checkpoint()
+
+    async def _lend(self, key: Key, commands: list[Buffer], size: int, *, settle: bool) -> Batch:
+        """Wait for room, then put the caller's memory into a batch; ``settle``: one of its own. No cancellation afterwards."""
         waits = False
         while True:
             slot, lane = await self._route(key)
@@ -334,18 +353,11 @@ class Writer:
         batch.size += size
         self._held += size
         self._latest[slot] = batch
-        if settle:
+        if settle or batch.size >= BATCH_BYTES or len(batch.keys) >= BATCH_ITEMS:
             lane.close_batch()
-            try:
-                await self._until_settled(batch)
-            except BaseException:
-                lane.withdraw(batch)
-                raise
-        elif batch.size >= BATCH_BYTES or len(batch.keys) >= BATCH_ITEMS:
-            lane.close_batch()
-            await anyio.lowlevel.checkpoint()
         else:
             lane.wake()
+        return batch
 
     async def _open(self, replicas: Replicas | None) -> None:
         """Reach all servers, if it has to be seen that they have replicas; else the first one will do."""

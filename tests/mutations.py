@@ -276,8 +276,8 @@ MUTATIONS = [
         [
             (
                 "replay/actor.py",
-                "        self._committer.commit(buffer, self.run.run, chunk)\n",
-                "        self._committer.commit(buffer, self.run.run, chunk)\n        self._free.append(buffer)\n",
+                "        self._committer.commit(buffer, run, chunk)\n",
+                "        self._committer.commit(buffer, run, chunk)\n        self._free.append(buffer)\n",
             ),
             (
                 "replay/actor.py",

@@ -14,9 +14,12 @@ import sys
 import textwrap
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import count
 from pathlib import Path
+from types import FrameType
 from typing import Any, assert_type
 
 import anyio
@@ -70,7 +73,7 @@ FOR_MODULES = {
             "twin",
         ),
     },
-    aionpredis.Writer: {"accept_item", "encode_item", "failed", "has_room", "report"},
+    aionpredis.Writer: {"accept_item", "encode_item", "failed", "has_room", "report", "settle_item"},
     aionpredis.Actor: {"append_from_thread", "forsake"},
     aionpredis.VectorActor: {"rows"},
 }
@@ -412,7 +415,9 @@ def test_clients_share_a_thread_that_ends_with_the_last(url: str) -> None:
 def test_client_that_nobody_knows_any_more_is_closed(url: str, stock: redis.Redis) -> None:
     before = len(stock.client_list())
     with blocking.connect(url):
-        replay = blocking.connect(url).replay("r", SCHEMA)
+        forgotten = blocking.connect(url)
+        replay, host = forgotten.replay("r", SCHEMA), weakref.ref(forgotten._host)
+        del forgotten
         gc.collect()
         assert replay.latest_run() is None  # it keeps its client
         del replay
@@ -421,6 +426,9 @@ def test_client_that_nobody_knows_any_more_is_closed(url: str, stock: redis.Redi
         while len(stock.client_list()) > before + 1 and time.monotonic() < deadline:
             time.sleep(0.001)
         assert len(stock.client_list()) == before + 1
+        while host() is not None and time.monotonic() < deadline:
+            time.sleep(0.001)
+        assert host() is None
 
 
 @pytest.mark.one_server("loops are the point")
@@ -653,3 +661,236 @@ def test_a_call_that_waits_when_its_client_is_closed_is_told(url: str, stock: re
         with pytest.raises((UsageError, aionpredis.ConnectionLost)):
             waiting.result(10)
     assert loop._loop is None
+
+
+# --- Ctrl-C, anywhere ------------------------------------------------------------------------------------------------------
+
+PACKAGE = str(Path(aionpredis.__file__).parent)
+
+
+def soon_over(work: Callable[[], object]) -> None:
+    """In a thread of its own, which has 10 s."""
+    errors: list[BaseException | None] = []
+
+    def run() -> None:
+        try:
+            work()
+        except BaseException as error:
+            errors.append(error)
+        else:
+            errors.append(None)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(10)
+    assert errors, "it hangs"
+    if errors[0] is not None:
+        raise errors[0]
+
+
+def interrupted(work: Callable[[], object], place: int) -> bool:
+    """Do it, and interrupt it in the n-th place where the interpreter looks for signals while it runs this package: at the
+    begin of a function, and behind a call. Whether there are so many.
+    """
+
+    def look(frame: FrameType, event: str, argument: object) -> None:
+        nonlocal place
+        if event in ("call", "c_return") and frame.f_code.co_filename.startswith(PACKAGE):
+            place -= 1
+            if place < 0:
+                sys.setprofile(None)
+                raise KeyboardInterrupt
+
+    def run() -> None:
+        sys.setprofile(look)
+        try:
+            work()
+        finally:
+            sys.setprofile(None)
+
+    try:
+        soon_over(run)
+    except KeyboardInterrupt:
+        return True
+    return False
+
+
+@pytest.mark.one_server("no server is asked")
+def test_ctrl_c_anywhere_in_a_call_neither_hangs_nor_lets_it_go_on(client: blocking.Client) -> None:
+    home = client._loop
+    running = 0
+
+    async def work() -> None:
+        nonlocal running
+        running += 1
+        try:
+            await anyio.sleep(0.1)
+        finally:
+            running -= 1
+
+    for place in count():
+        if not interrupted(lambda: home.call(work), place):
+            break
+        home.call(anyio.sleep, 0)  # what was posted before has begun
+        assert running == 0
+    assert place > 5
+
+
+@pytest.mark.one_server("what a thread hands over is the point")
+def test_ctrl_c_anywhere_in_an_append_loses_no_other_transition(client: blocking.Client) -> None:
+    replay = client.replay("r", SCHEMA, chunk=2)
+    replay.begin_run()
+    with replay.actor() as actor:
+        actor.join()
+        free = len(actor._target._free)
+        kept = set()
+        uid = 0
+
+        def append_two() -> None:
+            fill(actor, range(uid, uid + 2))
+
+        for work in (append_two, actor.flush):
+            for place in count():
+                again = interrupted(work, place)
+                assert actor.stats.pending >= 0
+                kept |= {*range(uid + 2, uid + 5)}
+                fill(actor, range(uid + 2, uid + 5))
+                uid += 5
+                if not again:
+                    break
+            assert place > 5
+        actor.flush()
+        stats = actor.stats
+        assert len(actor._target._free) == free
+    stored = [uid for batch in replay.epoch(batch=100, shuffle=False) for uid in batch["uid"].tolist()]
+    assert len(stored) == len(set(stored)) == stats.appended == stats.acknowledged
+    assert kept <= set(stored)
+
+
+@pytest.mark.one_server("a server that does not answer")
+def test_ctrl_c_in_a_large_put_gives_the_array_back(client: blocking.Client, stock: redis.Redis) -> None:
+    with client.writer(max_inflight=100_000) as writer:
+        stock.client_pause(500)  # milliseconds
+        for i in range(9):
+            writer.put(f"k{i}", np.ones(1250))
+        large = np.ones(10_000)
+        threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT)).start()
+        with pytest.raises(KeyboardInterrupt):
+            writer.put("large", large)  # waits for room
+        large[:] = 0
+        writer.flush()
+        assert client.exists("k8", "large") == 1
+
+
+@pytest.mark.one_server("a call that is cancelled")
+def test_an_interrupted_put_is_not_sent_twice(client: blocking.Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    with client.writer() as writer:
+        accept = writer._target.accept_item
+
+        async def take_and_be_cancelled() -> bool:
+            with anyio.CancelScope() as scope:
+
+                async def accept_late(*item: Any) -> bool:
+                    scope.cancel()
+                    return await accept(*item)
+
+                monkeypatch.setattr(writer._target, "accept_item", accept_late)
+                await writer._take()
+            return scope.cancelled_caught
+
+        monkeypatch.setattr(writer._loop, "spawn", lambda function: None)
+        writer.put("a", np.ones(100_000))  # fills a batch
+        assert client._loop.call(take_and_be_cancelled)
+        assert not writer._outbox
+    assert client.exists("a") == 1
+
+
+@pytest.mark.one_server("no server is asked")
+def test_ctrl_c_at_the_end_of_a_writers_block_leaves_it(
+    client: blocking.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), client.writer() as writer:
+        monkeypatch.setattr(writer._loop, "spawn", lambda function: None)
+        writer.put("a", np.eye(2))
+        assert writer.inflight > 0
+        monkeypatch.setattr(writer, "_take", interrupt)
+    assert not client._target.counters.writers
+    assert writer.inflight == 0
+
+
+@pytest.mark.one_server("the process' loop is the point")
+def test_a_put_that_comes_when_the_block_ends_harms_no_other_call(
+    client: blocking.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writer = client.writer()
+    encode = writer._target.encode_item
+
+    def be_late(*arguments: Any) -> Any:
+        item = encode(*arguments)
+        writer.__exit__(None, None, None)
+        return item
+
+    with client.writer():
+        writer.__enter__()
+        monkeypatch.setattr(writer._target, "encode_item", be_late)
+        writer.put("a", np.eye(2))
+        soon_over(lambda: client.set("b", np.eye(2)))
+    assert client.exists("a", "b") == 1
+
+
+@pytest.mark.one_server("the process' loop is the point")
+def test_a_task_that_fails_and_one_that_cannot_begin_harm_no_other_call(client: blocking.Client) -> None:
+    async def fail() -> None:
+        raise ZeroDivisionError
+
+    client._loop.spawn(fail)
+    soon_over(lambda: client.exists("a"))
+    call = loop._Call(fail, (), {})
+
+    async def too_late() -> None:
+        async with anyio.create_task_group() as tasks:
+            pass
+        call.start(tasks)
+
+    client._loop.call(too_late)
+    soon_over(call.wait)
+    with pytest.raises(RuntimeError):
+        call.result()
+
+
+@pytest.mark.one_server("the process' loop is the point")
+def test_a_client_may_be_collected_while_its_loop_is_called(
+    client: blocking.Client, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = client._loop
+    others = [blocking.connect(url)]
+    soon = home._soon
+
+    def collect(*arguments: Any) -> object:
+        if others:
+            others.clear()
+            gc.collect()
+        return soon(*arguments)
+
+    monkeypatch.setattr(home, "_soon", collect)
+    soon_over(lambda: client.exists("a"))
+    assert home.forgotten == 1
+
+
+@pytest.mark.one_server("the process' loop is the point")
+def test_ctrl_c_is_not_hidden_by_the_end_of_the_loop(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for enters in (False, True):
+        client = blocking.connect(url)
+        writer = client.writer()
+
+        def interrupt(call: loop._Call[Any], client: blocking.Client = client) -> None:
+            monkeypatch.undo()
+            client.close()
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(loop._Call, "wait", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            writer.__enter__() if enters else client.exists("a")

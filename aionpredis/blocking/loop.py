@@ -14,7 +14,7 @@ import os
 import threading
 import weakref
 from collections.abc import Awaitable, Callable
-from contextlib import AbstractAsyncContextManager
+from contextlib import AbstractAsyncContextManager, suppress
 from types import TracebackType
 from typing import Any, Generic, TypeVar
 
@@ -38,23 +38,29 @@ class Loop:
 
     def __init__(self) -> None:
         self.users = 0
-        self.forgotten: list[Host] = []
+        self.forgotten = 0
         """Of these users, those that were garbage: who collects it may be any thread, and cannot wait for this one's end."""
         self.forked = False
         """Whether this process is a fork of the one that has the thread."""
         self._forsaken: list[weakref.WeakMethod[Callable[[], None]]] = []
         self._ended = False
-        self._lock = threading.Lock()  # whoever posts does so before the end, or is told so
+        # Whoever posts does so before the end, or is told so. Who posts may be interrupted by the garbage collector, and it
+        # by a client that forgets its host.
+        self._lock = threading.RLock()
         self._manager = start_blocking_portal("asyncio", backend_options())
         self._portal = self._manager.__enter__()
         self._portal.start_task(self._serve)
 
     async def _serve(self, *, task_status: TaskStatus[None]) -> None:
-        async with anyio.create_task_group() as self._tasks:
-            self._soon = from_threads()
-            self._thread = threading.get_ident()
-            task_status.started()
-            await anyio.sleep_forever()
+        try:
+            async with anyio.create_task_group() as self._tasks:
+                self._soon = from_threads()
+                self._thread = threading.get_ident()
+                task_status.started()
+                await anyio.sleep_forever()
+        finally:
+            with self._lock:
+                self._ended = True
 
     def post(self, function: Callable[..., object], *arguments: object) -> None:
         """Let the loop call the function soon, and do not wait for that. What one thread posts is called in its order."""
@@ -63,8 +69,8 @@ class Loop:
             self._soon(function, *arguments)
 
     def spawn(self, function: Callable[[], Awaitable[object]]) -> None:
-        """Let the loop run the function as a task, and do not wait for that. It must not raise."""
-        self.post(self._tasks.start_soon, function)
+        """Let the loop run the function as a task, and do not wait for that. What it raises nobody hears."""
+        self.post(_Call(function, (), {}).start, self._tasks)
 
     def call(self, function: Callable[..., Awaitable[T]], *arguments: Any, **options: Any) -> T:
         """Run the function in the loop, and return what it returns or raise what it raises.
@@ -74,12 +80,13 @@ class Loop:
         if threading.get_ident() == self._thread:
             raise UsageError("this is the thread of the event loop, where a blocking call would wait for itself")
         call = _Call(function, arguments, options)
-        self.post(call.start, self._tasks)
         try:
+            self.post(call.start, self._tasks)
             call.wait()
         except BaseException:
-            self.post(call.cancel)
-            call.wait()
+            with suppress(UsageError):  # the loop has ended, and with it the call
+                self.post(call.cancel)
+                call.wait()
             raise
         return call.result()
 
@@ -89,7 +96,8 @@ class Loop:
         try:
             self.call(self._tasks.start, host.live)
         except BaseException:
-            self.post(host.abandon)  # interrupted when it had just been entered
+            with suppress(UsageError):
+                self.post(host.abandon)  # interrupted when it had just been entered
             raise
         return host
 
@@ -101,8 +109,8 @@ class Loop:
 
     def forget(self, host: Host) -> None:
         """Leave it, as if cancelled, and do not wait for that: its client was collected."""
-        self.forgotten.append(host)
         with self._lock:
+            self.forgotten += 1
             if not (self.forked or self._ended):
                 self._soon(host.abandon)
 
@@ -121,9 +129,10 @@ class Loop:
     def end(self) -> None:
         """Cancel what runs, and end the thread."""
         with self._lock:
-            if self.forked or self._ended:
+            if self.forked:
                 return
-            self._soon(self._tasks.cancel_scope.cancel)
+            if not self._ended:
+                self._soon(self._tasks.cancel_scope.cancel)
             self._ended = True
         self._manager.__exit__(None, None, None)
 
@@ -135,7 +144,7 @@ class Loop:
     def forsake(self) -> None:
         """To be called in a fork, which has no such thread; the lock may be held for ever."""
         self.forked = True
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         for known in self._forsaken:
             if (method := known()) is not None:
                 method()
@@ -144,7 +153,7 @@ class Loop:
 class _Call(Generic[T]):
     """A function that runs in the loop, and the thread that waits for it."""
 
-    __slots__ = ("_arguments", "_done", "_error", "_function", "_options", "_scope", "_values")
+    __slots__ = ("_arguments", "_done", "_error", "_finished", "_function", "_options", "_scope", "_values")
 
     def __init__(
         self, function: Callable[..., Awaitable[T]], arguments: tuple[Any, ...], options: dict[str, Any]
@@ -154,30 +163,46 @@ class _Call(Generic[T]):
         self._options = options
         self._values: list[T] = []
         self._error: BaseException | None = None
+        self._scope: anyio.CancelScope | None = None
+        self._finished = False
         self._done = threading.Lock()  # the cheapest thing that a signal interrupts
         self._done.acquire()
 
     def start(self, tasks: TaskGroup) -> None:
+        """Called in the loop."""
         self._scope = anyio.CancelScope()
-        tasks.start_soon(self._run)
-
-    async def _run(self) -> None:
         try:
-            with self._scope:
+            tasks.start_soon(self._run, self._scope)
+        except RuntimeError as error:  # they have ended
+            self._error = error
+            self._finish()
+
+    async def _run(self, scope: anyio.CancelScope) -> None:
+        try:
+            with scope:
                 self._values.append(await self._function(*self._arguments, **self._options))
         except anyio.get_cancelled_exc_class():
             raise
         except BaseException as error:
             self._error = error
         finally:
-            self._done.release()
+            self._finish()
+
+    def _finish(self) -> None:
+        self._finished = True
+        self._done.release()
 
     def cancel(self) -> None:
-        self._scope.cancel()
+        """Called in the loop, after :meth:`start` or instead of it: an interruption may come before that is posted."""
+        if self._scope is None:
+            self._finish()
+        else:
+            self._scope.cancel()
 
     def wait(self) -> None:
-        self._done.acquire()
-        self._done.release()
+        """Until it has ended. Interrupted, it may be called again: the lock may be taken then, but only after the end."""
+        if not self._finished:
+            self._done.acquire()
 
     def result(self) -> T:
         if self._error is not None:
@@ -267,7 +292,7 @@ def release(loop: Loop) -> None:
     global _loop
     with _lock:
         loop.users -= 1
-        if loop is not _loop or loop.users > len(loop.forgotten):
+        if loop is not _loop or loop.users > loop.forgotten:
             return
         _loop = None
         loop.end()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from typing import Any
 
 import aionpredis
@@ -19,18 +19,8 @@ __all__ = ["Actor", "Batches", "Replay", "Sampler", "VectorActor"]
 
 def _append(loop: Loop, actor: aionpredis.Actor) -> Callable[..., None]:
     """An ``append`` in the caller's thread."""
-
-    async def run(later: Coroutine[Any, Any, None]) -> None:
-        await later
-
-    def wait(later: Coroutine[Any, Any, None]) -> None:
-        try:
-            loop.call(run, later)
-        finally:
-            later.close()  # if it was not begun
-
     loop.forsake_with(actor.forsake)
-    return actor.append_from_thread(loop.post, wait)
+    return actor.append_from_thread(loop.post, loop.call)
 
 
 class Batches(Steps[aionpredis.Batches, Arrays]):

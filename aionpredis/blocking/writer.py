@@ -13,6 +13,7 @@ from types import TracebackType
 from typing import Any
 
 import anyio
+import anyio.lowlevel
 
 import aionpredis
 from aionpredis.blocking.facade import Entered, like
@@ -34,7 +35,7 @@ class Writer(Entered[aionpredis.Writer]):
     def __init__(self, loop: Loop, target: aionpredis.Writer, owner: object) -> None:
         super().__init__(loop, target, owner)
         self._lock = threading.Lock()  # of the next three
-        self._outbox: deque[tuple[Key, list[Buffer], int, bool]] = deque()
+        self._outbox: deque[tuple[Key, list[Buffer], int]] = deque()
         self._waiting = 0  # bytes in there
         self._posted = False  # somebody will look into it
         self._taking: anyio.Lock | None = None
@@ -42,9 +43,20 @@ class Writer(Entered[aionpredis.Writer]):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> bool | None:
-        if not self._loop.forked and (kind is None or issubclass(kind, Exception)):
-            self._loop.call(self._take)
-        return super().__exit__(kind, error, trace)
+        if self._loop.forked:  # where another thread may have held the lock
+            return super().__exit__(kind, error, trace)
+        try:
+            if kind is None or issubclass(kind, Exception):
+                try:
+                    self._loop.call(self._take)
+                except BaseException as caught:
+                    super().__exit__(type(caught), caught, caught.__traceback__)
+                    raise
+            return super().__exit__(kind, error, trace)
+        finally:
+            with self._lock:
+                self._outbox.clear()
+                self._waiting = 0
 
     @property
     def inflight(self) -> int:
@@ -71,15 +83,18 @@ class Writer(Entered[aionpredis.Writer]):
         if writer.failed:
             self._loop.call(self._report)
         command, size, settle = writer.encode_item(encoder, key, value, ttl)
+        if settle:  # never in the outbox: there the caller's memory would outlast an interrupted call
+            self._loop.call(self._settle, key, command, size)
+            return
         with self._lock:
-            waits = settle or self._waiting > OUTBOX_BYTES or not writer.has_room(self._waiting + size)
-            self._outbox.append((key, command, size, settle))
+            waits = self._waiting > OUTBOX_BYTES or not writer.has_room(self._waiting + size)
+            self._outbox.append((key, command, size))
             self._waiting += size
             posts, self._posted = not (waits or self._posted), self._posted or not waits
         if waits:
             self._loop.call(self._take)
         elif posts:
-            self._loop.spawn(self._take_soon)
+            self._loop.spawn(self._take)  # what it raises, the next one to take raises again
 
     async def _take(self) -> None:
         """Have the writer accept what has come: in order, each once it was accepted out of the outbox."""
@@ -88,17 +103,17 @@ class Writer(Entered[aionpredis.Writer]):
         async with self._taking:
             self._posted = False  # from here on, somebody else has to look
             while self._outbox:
-                key, command, size, settle = self._outbox[0]
-                await self._target.accept_item(key, command, size, settle=settle)
+                key, command, size = self._outbox[0]
+                others_run = await self._target.accept_item(key, command, size)
                 with self._lock:
                     self._outbox.popleft()
                     self._waiting -= size
+                if others_run:  # a cancellation finds the item gone: it is not sent again
+                    await anyio.lowlevel.checkpoint()
 
-    async def _take_soon(self) -> None:
-        try:
-            await self._take()
-        except aionpredis.UsageError:  # the block was left
-            pass
+    async def _settle(self, key: Key, command: list[Buffer], size: int) -> None:
+        await self._take()
+        await self._target.settle_item(key, command, size)
 
     async def _flush(self) -> None:
         await self._take()

@@ -6,6 +6,7 @@ import copy
 import math
 import os
 import time
+from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Generator
 from dataclasses import dataclass, replace
 from types import TracebackType
@@ -136,6 +137,8 @@ class Actor:
         """How many chunks are filled or travelling at most."""
         self._free = [ChunkBuffer(schema, chunk) for _ in range(self.buffers)]
         self._current: ChunkBuffer | None = None
+        self._full: deque[tuple[ChunkBuffer, int, int]] = deque()
+        """Chunks that are to be committed: buffer, rows, run."""
         self._tasks: TaskGroup | None = None
         self._replicas = replicas
         self._sender = client if replicas is None else client.twin()
@@ -165,21 +168,27 @@ class Actor:
             NotReplicated: fewer replicas than the replay wants have acknowledged it within that time.
         """
 
-    def append_from_thread(self, soon: Soon, wait: Callable[[Coroutine[Any, Any, None]], None]) -> Callable[..., None]:
+    def append_from_thread(
+        self, soon: Soon, wait: Callable[[Callable[[], Awaitable[None]]], None]
+    ) -> Callable[..., None]:
         """An ``append`` for another thread than the loop's, instead of this actor's own; for :mod:`aionpredis.blocking`.
 
         It fills the buffers in that thread. A full one is handed over by ``soon(function, *arguments)``, which calls the
-        function in the loop some time; ``wait(coroutine)`` runs it in the loop. Nobody else may call the actor meanwhile.
+        function in the loop some time; ``wait(function)`` runs it in the loop. Nobody else may call the actor meanwhile.
         """
 
         def full() -> None:
-            later = self._chunk_full()
-            if not isinstance(later, _Done):
-                wait(later)
+            if not self._goes_on():
+                wait(self._turn)
+
+        def late(**values: object) -> None:
+            self._check_joined()
+            wait(self._next_chunk)
+            self.append(**values)  # this thread's own
 
         self._soon = soon
         self._turn_seconds = math.inf  # the loop's tasks have another thread
-        self._rows = make_rows(self._schema, full=full, late=lambda **values: wait(self._late(**values)), done=None)
+        self._rows = make_rows(self._schema, full=full, late=late, done=None)
         self.append = self._rows.append
         return self._rows.append
 
@@ -190,7 +199,7 @@ class Actor:
     @property
     def stats(self) -> ActorStats:
         """What was appended so far, and what became of it."""
-        return replace(self._stats, appended=self._stats.appended + self._rows.count())
+        return replace(self._stats, appended=self._stats.appended + self._rows_written())
 
     async def __aenter__(self) -> Actor:
         if self._tasks is not None:
@@ -239,9 +248,10 @@ class Actor:
     def _close(self) -> None:
         """Let go of the buffers: an actor refers to itself, by the functions that were compiled for it."""
         self._committer.close()
-        self._stats.appended += self._rows.count()
+        self._stats.appended += self._rows_written()
         self._rows.switch(dict.fromkeys(self._schema, np.empty(0)), 0)  # no row to write
         self._current = None
+        self._full.clear()
         self._free.clear()
         self.run = None
 
@@ -299,14 +309,18 @@ class Actor:
 
     # --- appending ---------------------------------------------------------------------------------------------------
 
+    def _rows_written(self) -> int:
+        """Of the present chunk."""
+        return self._rows.count() if self._current is not None else 0
+
     def _begin_chunk(self) -> None:
-        self._current = self._free.pop()
-        self._rows.switch(self._current.columns, self._length)
+        self._current = buffer = self._free[-1]
+        self._free.remove(buffer)  # pop() would lose it to Ctrl-C; the loop may add others meanwhile
+        self._rows.switch(buffer.columns, self._length)
 
     def _late(self, **values: object) -> Coroutine[Any, Any, None]:
         """There is no row to write."""
-        if self.run is None:
-            raise UsageError("no run to append to: `await actor.join()` first, and again after an error")
+        self._check_joined()
         if self._unawaited:
             raise UsageError("await each append(): the last one has to wait for a free buffer")
         return self._append_later(values)
@@ -316,7 +330,18 @@ class Actor:
         await self._next_chunk()
         await self.append(**values)
 
+    def _check_joined(self) -> None:
+        if self.run is None:
+            raise UsageError("no run to append to: `await actor.join()` first, and again after an error")
+
     def _chunk_full(self) -> _Done | Coroutine[Any, Any, None]:
+        if self._goes_on():
+            return self._done
+        self._unawaited = True
+        return self._turn()
+
+    def _goes_on(self) -> bool:
+        """Send the chunk that is full and begin the next one, unless there is something to wait for."""
         if (
             time.monotonic() < self._turn_ends
             and self._free
@@ -325,9 +350,8 @@ class Actor:
         ):
             self._commit_current(self._soon)
             self._begin_chunk()
-            return self._done
-        self._unawaited = True
-        return self._turn()
+            return True
+        return False
 
     async def _turn(self) -> None:
         """Let others run, then send the chunk that is full and go on with the next one.
@@ -340,18 +364,28 @@ class Actor:
         await self._next_chunk()
 
     def _commit_current(self, soon: Soon = _now) -> None:
-        """Hand the rows that are written to the committing task."""
+        """Hand the rows that are written to the committing task.
+
+        Ctrl-C may interrupt a thread that appends, behind any call in here: the buffer has its place at each of them.
+        """
         rows, buffer = self._rows.count(), self._current
-        if buffer is None:
-            return
-        self._rows.switch(buffer.columns, 0)  # no row to write
-        self._current = None
-        assert self.run is not None
-        if not rows:
-            self._free.append(buffer)
-            return
-        self._stats.appended += rows
-        soon(self._commit, buffer, rows, self.run.run)
+        if buffer is not None:
+            assert self.run is not None
+            if rows:
+                chunk = buffer, rows, self.run.run
+                self._stats.appended += rows
+                self._current = None
+                self._full.append(chunk)
+            else:
+                self._current = None
+                self._free.append(buffer)
+            self._rows.switch(buffer.columns, 0)  # no row to write
+        if self._full:
+            soon(self._commit_full)
+
+    def _commit_full(self) -> None:
+        while self._full:
+            self._commit(*self._full.popleft())
 
     def _commit(self, buffer: ChunkBuffer, rows: int, run: int) -> None:
         if self._committer.over:
