@@ -463,7 +463,7 @@ class Client:
         """Names of the keys that match a pattern (``SCAN``, of each primary of a cluster), for ``async for``.
 
         A key that is there all the time comes at least once, and may come twice; one that comes or goes meanwhile may not. The
-        server looks at all of its keys, a thousand at a time.
+        server looks at all of its keys, a thousand at a time; after a fault, from the first one on again.
 
         Raises:
             ServerError: the server refused it.
@@ -476,10 +476,15 @@ class Client:
         """As :meth:`scan`, as the server gives them: page by page, some of them empty."""
         for shard in self.topology.each():
             cursor: bytes | int = 0
+            changes = self.faults.changes
             while cursor != b"0":
                 scan = "SCAN", cursor, "MATCH", key_bytes(pattern), "COUNT", SCAN_KEYS
                 cursor, names = await self.call(*scan, repeatable=True, key=shard)
                 yield names
+                if (
+                    self.faults.changes != changes
+                ):  # to another server than the one that gave it the cursor says nothing
+                    cursor, changes = 0, self.faults.changes
 
     async def count_keys(self, command: str, keys: Iterable[Key], *, repeatable: bool = False) -> int:
         """The sum of what a command that takes any number of keys says of these, all shards at once."""

@@ -60,12 +60,14 @@ class Recycler:
 
 
 def _checked(made: NDArray[np.uint8], nbytes: int) -> NDArray[np.uint8]:
-    """A view on it: the base of a view is an array, whatever it is that the array itself lies in."""
+    """A view on an array of its own: NumPy counts references at the array that a slice was taken from, which ``empty`` may have
+    taken more of. Whatever it lies in lives as long.
+    """
     if not isinstance(made, np.ndarray) or (made.shape, made.dtype) != ((nbytes,), np.dtype(np.uint8)):
         raise UsageError(f"empty({nbytes}) makes uint8 of shape ({nbytes},), not {made!r:.100}")
     if not made.flags.writeable or not made.flags.c_contiguous or (made.ctypes.data % 16 and nbytes):
         raise UsageError(f"empty({nbytes}) makes writable, contiguous memory that begins at a multiple of 16")
-    return made[:]
+    return np.frombuffer(made.data, np.uint8)[:] if nbytes else made[:]
 
 
 REFERENCES_ARE_COUNTED = sys.implementation.name == "cpython" and getattr(sys, "_is_gil_enabled", lambda: True)()

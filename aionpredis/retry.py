@@ -19,6 +19,7 @@ from redis.backoff import FullJitterBackoff
 from aionpredis.errors import (
     AionpredisError,
     AuthenticationError,
+    ConnectError,
     ConnectionLost,
     ProtocolError,
     ServerError,
@@ -80,7 +81,8 @@ class Faults:
         if isinstance(error, ServerError):
             return error.code
         self.counters.errors[type(error).__name__] += 1
-        self._met += 1
+        # Between two connections that were refused nothing can be lost. All tasks of a client count these, many a second.
+        self._met += not isinstance(error, ConnectError)
         return LOST
 
     def begins(self, kind: str, error: Exception, who: Retry | None = None) -> None:

@@ -43,6 +43,7 @@ from aionpredis.wire.resp import Reply, encode
 
 from . import strategies
 from .proxy import Proxy
+from .replays import kill_connections
 from .servers import make_server
 from .strategies import equal
 
@@ -362,6 +363,24 @@ async def test_scan_finds_the_keys_of_all_servers(url: str, stock: redis.Redis) 
         assert {key async for key in client.scan()} == {*expected, b"other:1"}
         with pytest.raises(UsageError):
             await anext(client.scan(7))  # type: ignore[arg-type]
+
+
+async def test_scan_begins_again_after_a_fault(url: str, stock: redis.Redis, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that has taken the place of another makes nothing of that one's cursor: it would skip keys."""
+    monkeypatch.setattr("aionpredis.client.SCAN_KEYS", 10)
+    expected = {f"{{s}}:{number}".encode() for number in range(200)}
+    for key in expected:
+        stock.set(key, b"")
+    async with aionpredis.connect(url) as client:
+        pages = [page async for page in client.scan_pages("{s}:*")]
+        assert sum(map(len, pages)) < 220  # hardly any twice
+        before: list[bytes] = []
+        after: list[bytes] = []
+        async for key in client.scan("{s}:*"):
+            (after if len(before) > 100 else before).append(key)
+            if len(before) == 101 and not after:
+                kill_connections(stock)
+        assert set(after) == expected
 
 
 async def test_execute_wants_arguments_one_by_one(url: str) -> None:

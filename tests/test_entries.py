@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import anyio
+import anyio.lowlevel
 import numpy as np
 import pytest
 import redis
@@ -30,6 +31,7 @@ from .replays import (
     uids,
     unnamed_without_ttl,
 )
+from .servers import make_server
 
 pytestmark = pytest.mark.anyio
 
@@ -92,6 +94,35 @@ async def test_entries_that_the_log_has_lost_are_added_again_in_order(url: str, 
             assert sorted(read) == [*range(240)]  # once each
             assert follower.stats.gaps == 0
             tasks.cancel_scope.cancel()
+
+
+async def test_what_is_too_old_to_be_lost_is_forgotten(
+    url: str, stock: redis.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A thousand actors would hold 700 MB otherwise."""
+    monkeypatch.setattr("aionpredis.replay.entries.KEPT_SECONDS", 0.2)
+    async with aionpredis.connect(url) as client:
+        run = await replay_of(client).begin_run()
+        entries = LastEntries(client, Names("r"), b"500")
+
+        def add(seqs: range) -> None:
+            for seq in seqs:
+                chunk = ChunkId(b"actor123", seq, 1, b"")
+                stock.set(Names("r").data(run.run, chunk), b"data")
+                entries.add(run.run, pack(chunk), seq + 1)
+
+        add(range(10))
+        await anyio.sleep(0.25)
+        add(range(10, 13))
+        client.counters.changes += 1
+        await entries.restore()
+        assert numbers(stock) == [10, 11, 12]
+        await anyio.sleep(0.25)
+        add(range(13, 14))
+        take_entries(stock, 3)
+        await spoil(client)
+        await entries.restore()
+        assert numbers(stock) == [13]
 
 
 async def test_they_are_added_again_while_the_actor_waits_for_a_run(url: str, stock: redis.Redis) -> None:
@@ -195,6 +226,26 @@ async def test_data_that_were_lent_again_by_their_own_failover_are_kept(url: str
             assert kept_keys(stock) == {key for key in named_keys(stock) if int(key.rpartition(b":")[2]) > 5}
 
 
+async def test_flush_says_so_if_another_run_has_taken_the_place_of_the_lost_one(url: str, stock: redis.Redis) -> None:
+    async with aionpredis.connect(url) as client:
+        replay = replay_of(client)
+        run = await replay.begin_run()
+        async with replay.actor() as actor:
+            await actor.join()
+            await fill(actor, range(40))
+            await actor.flush()
+            take_entries(stock, 4)
+            stock.delete(LOG)
+            stock.xadd(LOG, {"begin": b"another", "policy": 0, "schema": SCHEMA.digest}, id=f"{run.run}-0")
+            await spoil(client)
+            with pytest.raises(RunEnded):
+                await actor.flush()
+            await actor.join()  # and goes on in that one
+            await fill(actor, range(4))
+            await actor.flush()
+        assert numbers(stock) == [10]
+
+
 async def test_a_full_server_is_waited_for(url: str, stock: redis.Redis) -> None:
     if "cluster_enabled:1" in str(stock.info("cluster")) or isinstance(stock, redis.RedisCluster):
         pytest.skip("its servers would have to be filled one by one")
@@ -256,6 +307,65 @@ async def test_only_so_many_are_remembered(url: str, stock: redis.Redis) -> None
             await fill(actor, range(1))
             await actor.flush()
             assert numbers(stock) == [*range(50), *range(100, KEPT + 101)]
+
+
+class Unrest:
+    """Faults of other servers that never end: what the client counts grows with every step of its loop."""
+
+    def __init__(self, client: Client) -> None:
+        self._client = client
+
+    async def go_on(self) -> None:
+        while True:
+            self._client.counters.changes += 1
+            await anyio.lowlevel.checkpoint()
+
+
+async def test_entries_come_back_while_other_servers_faults_go_on(url: str, stock: redis.Redis) -> None:
+    async with aionpredis.connect(url) as client, anyio.create_task_group() as tasks:
+        run = await replay_of(client).begin_run()
+        actors = [LastEntries(client, Names("r"), b"60000") for _ in range(50)]
+        for number, entries in enumerate(actors):
+            for seq in range(TOGETHER):
+                chunk = ChunkId(b"actor%03d" % number, seq, 1, b"")
+                stock.set(Names("r").data(run.run, chunk), b"data")
+                entries.add(run.run, pack(chunk), number * TOGETHER + seq + 1)
+        tasks.start_soon(Unrest(client).go_on)
+        await anyio.lowlevel.checkpoint()
+        with anyio.fail_after(20):
+            async with anyio.create_task_group() as restoring:
+                for entries in actors:
+                    restoring.start_soon(entries.restore)
+        assert len(log_entries(stock)) == len(set(log_entries(stock))) == len(actors) * TOGETHER
+        tasks.cancel_scope.cancel()
+
+
+async def test_an_actor_goes_on_in_order_while_other_servers_faults_go_on(url: str, stock: redis.Redis) -> None:
+    async with aionpredis.connect(url) as client, anyio.create_task_group() as tasks:
+        replay = replay_of(client, chunk=1)
+        await replay.begin_run()
+        async with replay.actor() as actor:
+            await actor.join()
+            await fill(actor, range(20))
+            await actor.flush()
+            tasks.start_soon(Unrest(client).go_on)
+            take_entries(stock, 4)
+            with anyio.fail_after(10):
+                for uid in range(20, 30):
+                    await fill(actor, range(uid, uid + 1))
+                    await actor.flush()
+            assert numbers(stock) == [*range(30)]
+            tasks.cancel_scope.cancel()
+
+
+async def test_a_server_that_is_gone_raises_doubt_once_and_not_with_every_attempt() -> None:
+    with make_server("valkey") as server:
+        async with aionpredis.connect(server.url, retry_timeout=1) as client:
+            server.stop()
+            with pytest.raises(aionpredis.ConnectError):
+                await client.get("k")
+            assert client.stats().errors["ConnectError"] > 2
+            assert client.faults.changes <= 1
 
 
 async def test_what_a_replaced_server_says_afterwards_is_looked_at_again(url: str, stock: redis.Redis) -> None:

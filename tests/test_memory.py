@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import mmap
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -73,6 +75,42 @@ def test_foreign_memory_is_recycled_by_the_same_rule() -> None:
         for _ in range(10):
             recycler.take()
         assert len(made) == 4
+
+
+@pytest.mark.parametrize("hold", HOLDERS)
+def test_pieces_of_one_pool_are_told_apart(hold: Callable[[NDArray[np.uint8]], Any]) -> None:
+    """NumPy gives all slices of an array the same base, and it lives as long as one of them."""
+    pool = iter(aligned_empty(1024 * 12).reshape(12, 1024))
+    recycler = Recycler(1024, lambda nbytes: next(pool))
+    first = hold(recycler.take())
+    held = [recycler.take() for _ in range(3)]
+    del held[1]
+    others = [recycler.take() for _ in range(5)]
+    for other in (*held, *others):
+        assert not np.may_share_memory(np.asarray(first), other)
+    places = [each.__array_interface__["data"][0] for each in (*held, *others)]
+    assert len(set(places)) == len(places)
+
+
+def test_memory_of_a_pool_that_nobody_names_any_more_stays_while_it_is_seen() -> None:
+    """The pool's owner unmaps it when the last array is gone, as torch does with pinned memory."""
+    pool = mmap.mmap(-1, 2 * 4096)
+    alive = weakref.ref(pool)
+    pieces = [np.frombuffer(pool, np.uint8)[4096:]]
+    recycler = Recycler(4096, lambda nbytes: pieces.pop())
+    view = recycler.take()[8:16].view(np.int64)
+    del recycler, pool
+    gc.collect()
+    assert alive() is not None
+    view[:] = 7
+    del view
+    gc.collect()
+    assert alive() is None
+
+
+@pytest.mark.parametrize("nbytes", [0, 64])
+def test_memory_of_any_size_can_be_taken(nbytes: int) -> None:
+    assert Recycler(nbytes).take().shape == (nbytes,)
 
 
 @pytest.mark.parametrize(

@@ -301,7 +301,11 @@ class Actor:
         return begin
 
     async def _say_name(self) -> None:
-        """For people who look at the replay: to them, an actor that may not is its incarnation only."""
+        """For people who look at the replay: to them, an actor that may not is its incarnation only.
+
+        In the moment of a deletion this makes the key again, some 30 bytes; the next deletion of that name takes it. A time to
+        live would have to be renewed as long as the actor works, and be one right more.
+        """
         try:
             await self._client.call("HSET", self._names.actors, self.incarnation.hex(), self.name, repeatable=True)
         except ServerError:
@@ -446,7 +450,7 @@ class Actor:
         self._commit_current()
         while self._committer.busy:
             await self._committer.progress()
-        if not self._committer.over:
-            await self._committer.restore()
+        if not self._committer.over and not await self._committer.restore():
+            self._committer.ended = True
         self._check()
         self._begin_chunk()

@@ -247,14 +247,19 @@ class Committer:
         if connection is not None and connection.lost is None and not (self._doubtful or lane.pauses):
             self._submit(lane, connection)
 
-    async def restore(self) -> None:
+    async def restore(self) -> bool:
         """Add what a failover may have taken from the log again, while nothing else is on its way that would lead to that.
+        ``False``: there is nothing to add it to, another run has taken the place of the one that is committed to.
 
         A full server is no error here: it is tried again with the next chunk.
         """
-        if self._last.doubtful and self.beginning is not None:
-            with suppress(ServerFull):
-                await self._last.restore(ended=not await self.beginning.confirm())
+        if self.beginning is None or not self._doubtful:
+            return True
+        goes_on = True
+        with suppress(ServerFull):
+            goes_on = await self.beginning.confirm()
+            await self._last.restore(ended=not goes_on)
+        return goes_on
 
     async def progress(self) -> None:
         """Wait until at least one chunk was settled."""
@@ -285,18 +290,19 @@ class Committer:
                     if lane.connection is None or lane.connection.lost is not None:
                         await self._connect(lane)
                         continue
-                    if self.beginning is not None and self.beginning.doubtful:
-                        if not await self.beginning.confirm(lane.retry):
-                            self.ended = True
-                            self._give_up()
+                    # What is small waits while something travels, and goes with the next chunk: an actor that appends
+                    # without a pause fills that now.
+                    await anyio.lowlevel.checkpoint()
+                    begun = self.beginning
+                    if begun is not None and begun.doubtful and not await begun.confirm(lane.retry):
+                        self.ended = True
+                        self._give_up()
                         continue
                     if self._last.doubtful and any(commit.step is _Step.LOG for commit in lane.backlog):
                         # First, so that the log has an actor's chunks in order.
                         await self._last.restore(retry=lane.retry)
-                        continue
-                    # What is small waits while something travels, and goes with the next chunk: an actor that appends
-                    # without a pause fills that now.
-                    await anyio.lowlevel.checkpoint()
+                    if lane.connection is None or lane.connection.lost is not None:
+                        continue  # else what is sent now goes to the server that was looked at, whatever became of others
                     self._submit(lane, lane.connection)
                     if not lane.rounds:
                         continue

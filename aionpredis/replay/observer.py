@@ -314,14 +314,16 @@ class Observer:
         since, committed, before = history[0] if history else (now, 0, {})
         history.append((now, tally.committed, {name: actor.transitions for name, actor in tally.actors.items()}))
         seconds = now - since
-        known = await self._may(self._client.call("HGETALL", self._names.actors, repeatable=True), [])
-        called = dict(zip(known[::2], known[1::2], strict=True))
-        for incarnation, actor in tally.actors.items():
+        called: list[bytes | None] = [None] * len(tally.actors)
+        if called:  # only these: all that ever joined a run of this replay are there
+            command = "HMGET", self._names.actors, *(incarnation.hex() for incarnation in tally.actors)
+            called = await self._may(self._client.call(*command, repeatable=True), called)
+        for (incarnation, actor), name in zip(tally.actors.items(), called, strict=True):
             rate = (actor.transitions - before.get(incarnation, 0)) / seconds if seconds else None
             seen = None if actor.seen is None else now - actor.seen
-            name = called.get(incarnation.hex().encode(), b"").decode("utf-8", "replace")
+            shown = (name or b"").decode("utf-8", "replace")
             view.actors.append(
-                ActorView(incarnation.hex(), name, actor.chunks, actor.transitions, actor.episodes, rate, seen)
+                ActorView(incarnation.hex(), shown, actor.chunks, actor.transitions, actor.episodes, rate, seen)
             )
         view.rate = (tally.committed - committed) / seconds if seconds else None
 

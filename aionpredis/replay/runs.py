@@ -78,14 +78,16 @@ class Beginning:
         ``retry``: see :meth:`aionpredis.Client.request`.
         """
         while self.doubtful:
-            changes = self._client.faults.changes
             run, log = self.begin.run, self._names.log
+            changes, over = self._client.faults.changes, self._client.live_connection(log.encode())
             if await streams.claim(self._client, log, run, _entry(self.begin), retry=retry) is False:
                 present = await streams.page(self._client, log, f"{run}-0", f"{run}-0", retry=retry)
                 # Nothing, or a commit: the run has ended, or has gone on without its beginning.
                 if present and FIELD not in present[0][1]:
                     return False
             self._changes = changes
+            if over is not None and over is self._client.live_connection(log.encode()):
+                break  # the doubt that is left is about other servers
         return True
 
 
