@@ -230,14 +230,12 @@ class Writer:
 
     async def accept_item(self, key: Key, command: list[Buffer], size: int) -> bool:
         """Accept what was encoded; whether it filled a batch, so that others should run. Cancelled, it was not accepted."""
-        self._check_open()
         batch = await self._lend(key, command, size, settle=False)
         return batch is not batch.lane.current
 
     async def settle_item(self, key: Key, command: list[Buffer], size: int) -> None:
         """Accept it, and return when it is stored or has failed. Cancelled, its memory is not used any more."""
-        self._check_open()
-        await self._borrow(key, command, size, settle=True)
+        await self._until_returned(await self._lend(key, command, size, settle=True))
 
     # --- how it is done ------------------------------------------------------------------------------------------------
 
@@ -288,7 +286,11 @@ class Writer:
 
     async def _accept(self, key: Key, command: list[Buffer], size: int) -> None:
         if not self._copy or size > self._bound // 2:
-            await self._borrow(key, command, size, settle=self._copy)
+            batch = await self._lend(key, command, size, settle=self._copy)
+            if self._copy:
+                await self._until_returned(batch)
+            elif batch is not batch.lane.current:  # it is full
+                await anyio.lowlevel.checkpoint()
             return
         length = max(size, self._arena_size)
         waits = False
@@ -317,20 +319,17 @@ class Writer:
         self._held += length
         return Batch(lane, self._arenas.pop() if pooled else memoryview(bytearray(length)))
 
-    async def _borrow(self, key: Key, commands: list[Buffer], size: int, *, settle: bool) -> None:
-        """Accept without a copy. If a copy was promised (``settle``), the call lasts until the bytes are stored."""
-        batch = await self._lend(key, commands, size, settle=settle)
-        if settle:
-            try:
-                await self._until_settled(batch)
-            except BaseException:
-                batch.lane.withdraw(batch)
-                raise
-        elif batch is not batch.lane.current:  # it is full
-            await anyio.lowlevel.checkpoint()
+    async def _until_returned(self, batch: Batch) -> None:
+        """Wait until what was lent, where a copy was promised, is stored or has failed; cancelled, take it back."""
+        try:
+            await self._until_settled(batch)
+        except BaseException:
+            batch.lane.withdraw(batch)
+            raise
 
     async def _lend(self, key: Key, commands: list[Buffer], size: int, *, settle: bool) -> Batch:
         """Wait for room, then put the caller's memory into a batch; ``settle``: one of its own. No cancellation afterwards."""
+        self._check_open()
         waits = False
         while True:
             slot, lane = await self._route(key)

@@ -665,7 +665,8 @@ def test_a_call_that_waits_when_its_client_is_closed_is_told(url: str, stock: re
 
 # --- Ctrl-C, anywhere ------------------------------------------------------------------------------------------------------
 
-PACKAGE = str(Path(aionpredis.__file__).parent)
+PLACES = str(Path(aionpredis.__file__).parent), "<string>"
+"""The package's code: what it compiles itself, too."""
 
 
 def soon_over(work: Callable[[], object]) -> None:
@@ -695,7 +696,7 @@ def interrupted(work: Callable[[], object], place: int) -> bool:
 
     def look(frame: FrameType, event: str, argument: object) -> None:
         nonlocal place
-        if event in ("call", "c_return") and frame.f_code.co_filename.startswith(PACKAGE):
+        if event in ("call", "c_return") and frame.f_code.co_filename.startswith(PLACES):
             place -= 1
             if place < 0:
                 sys.setprofile(None)
@@ -749,10 +750,14 @@ def test_ctrl_c_anywhere_in_an_append_loses_no_other_transition(client: blocking
         def append_two() -> None:
             fill(actor, range(uid, uid + 2))
 
-        for work in (append_two, actor.flush):
+        for work, flushes in ((append_two, False), (append_two, True), (actor.flush, False)):
             for place in count():
+                before = actor.stats.appended
                 again = interrupted(work, place)
-                assert actor.stats.pending >= 0
+                assert 0 <= actor.stats.appended - before <= 2
+                if flushes:
+                    actor.flush()
+                    assert actor.stats.pending == 0
                 kept |= {*range(uid + 2, uid + 5)}
                 fill(actor, range(uid + 2, uid + 5))
                 uid += 5
@@ -822,10 +827,11 @@ def test_ctrl_c_at_the_end_of_a_writers_block_leaves_it(
 
 
 @pytest.mark.one_server("the process' loop is the point")
+@pytest.mark.parametrize("waits", [False, True])
 def test_a_put_that_comes_when_the_block_ends_harms_no_other_call(
-    client: blocking.Client, monkeypatch: pytest.MonkeyPatch
+    client: blocking.Client, monkeypatch: pytest.MonkeyPatch, waits: bool
 ) -> None:
-    writer = client.writer()
+    writer = client.writer(max_inflight=1000)
     encode = writer._target.encode_item
 
     def be_late(*arguments: Any) -> Any:
@@ -836,7 +842,10 @@ def test_a_put_that_comes_when_the_block_ends_harms_no_other_call(
     with client.writer():
         writer.__enter__()
         monkeypatch.setattr(writer._target, "encode_item", be_late)
-        writer.put("a", np.eye(2))
+        with pytest.raises(UsageError, match="inside of its"):
+            writer.put("a", np.eye(20 if waits else 2))  # a large one waits, and is told; a small one does not
+            soon_over(lambda: client.set("b", np.eye(2)))
+            writer.flush()
         soon_over(lambda: client.set("b", np.eye(2)))
     assert client.exists("a", "b") == 1
 
