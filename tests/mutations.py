@@ -119,8 +119,8 @@ MUTATIONS = [
         [
             (
                 RUNS,
-                "        deleted += await _unlink(client, names, entries)\n        left, right = entries[-1][0]\n",
-                "        left, right = entries[-1][0]\n",
+                "        count = await _unlink(client, names, entries)\n",
+                "        count = 0\n",
             ),
             (
                 RUNS,

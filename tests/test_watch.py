@@ -187,6 +187,24 @@ async def test_every_primary_is_shown(url: str, server: Server | Cluster, stock:
         assert each.maxmemory == 0
 
 
+@pytest.mark.one_server("it counts commands")
+async def test_names_are_asked_for_of_the_runs_actors_only(url: str, stock: redis.Redis) -> None:
+    """Not of all that ever joined: restarted ones are others each time."""
+    async with observed(url) as (client, observer):
+        replay = replay_of(client)
+        await replay.begin_run()
+        assert (await observer.look()).actors == []
+        async with replay.actor("Zoë") as actor:
+            await actor.join()
+            await fill(actor, range(8))
+        for number in range(1000):
+            stock.hset("{r}:actors", f"{number:016x}", "of an older run")
+        stock.config_resetstat()
+        assert [each.name for each in (await observer.look()).actors] == ["Zoë"]
+        facts: Any = stock.info("commandstats")
+        assert facts["cmdstat_hmget"]["calls"] == facts["cmdstat_hgetall"]["calls"] == 1  # that is {r}:read
+
+
 @pytest.mark.one_server("ACL SETUSER is for each server")
 async def test_what_the_user_may_not_look_at_is_left_out(url: str, stock: redis.Redis) -> None:
     stock.execute_command("ACL", "SETUSER", "looker", "reset", "on", ">p", "(+xinfo|stream +xrange %R~{r}:log)")  # type: ignore[no-untyped-call]
