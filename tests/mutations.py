@@ -510,7 +510,7 @@ MUTATIONS = [
     ),
     Mutation(
         "wire: a broken connection does not wake those who wait",
-        [(CONNECTION, "            reply.waiter.wake()\n\n    def close", "            pass\n\n    def close")],
+        [(CONNECTION, "            reply.waiter.wake()\n\n    def detach", "            pass\n\n    def detach")],
         CONNECTION_TESTS,
     ),
     Mutation(
@@ -525,7 +525,13 @@ MUTATIONS = [
     ),
     Mutation(
         "wire: the event loop is not told that a socket closes",
-        [(CONNECTION, "        self._ready.closing()\n", "")],
+        [
+            (
+                CONNECTION,
+                "        self._ready.closing()\n        self._sock.raw.close()\n",
+                "        self._sock.raw.close()\n",
+            )
+        ],
         CONNECTION_TESTS,
     ),
     # --- bounds ---
