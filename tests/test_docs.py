@@ -257,8 +257,9 @@ def test_tutorial_on_a_server_with_one_more_simulator(url: str, tmp_path: Path) 
         try:
             lines = output_of(sys.executable, "trainer.py", folder=tmp_path, url=url).splitlines()
             watch = sys.executable, "-m", "aionpredis", "watch", "catch", "--once"
-            # It may not have joined yet; it plays on when the trainer has ended.
-            until(lambda: "3 actors" in output_of(*watch, folder=tmp_path, url=url), "it has joined", 20)
+            # It may not have joined yet; it plays on when the trainer, and the simulators of that, have ended.
+            name = f"simulator-{simulator.pid}"
+            until(lambda: name in output_of(*watch, folder=tmp_path, url=url), "it has joined", 20)
             assert simulator.poll() is None
         finally:
             simulator.kill()
