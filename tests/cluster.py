@@ -187,8 +187,10 @@ class Cluster(Nodes):
         return next(node for node in self.nodes if node.id == name)
 
     def _slots(self, node: Node | None = None) -> _Map:
-        """As this node sees them, or the first one that answers."""
-        node = node or next(node for node in self.nodes if node.answers)
+        """As this node sees them, or the first primary that answers: replicas may learn of a slot's new owner much later."""
+        if node is None:
+            answering = [node for node in self.nodes if node.answers]
+            node = next((node for node in answering if node.info()["role"] == "master"), answering[0])
         return {
             (first, last): (primary[2], frozenset(replica[2] for replica in replicas))
             for first, last, primary, *replicas in sorted(node.call("CLUSTER", "SLOTS"))
