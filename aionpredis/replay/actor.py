@@ -295,6 +295,7 @@ class Actor:
         if self._numbered != begin.run:
             self._numbered, self._seq = begin.run, 0
         await self._say_name()
+        self._committer.reset()  # one of its lanes may have found only now that the last run has ended
         self._committer.beginning = runs.Beginning(self._client, self._names, begin)
         self.run = self._last = begin
         self._begin_chunk()

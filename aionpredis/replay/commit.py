@@ -295,8 +295,9 @@ class Committer:
                     await anyio.lowlevel.checkpoint()
                     begun = self.beginning
                     if begun is not None and begun.doubtful and not await begun.confirm(lane.retry):
-                        self.ended = True
-                        self._give_up()
+                        if self.beginning is begun:  # else the actor has heard of it and joined the next one
+                            self.ended = True
+                            self._give_up()
                         continue
                     if self._last.doubtful and any(commit.step is _Step.LOG for commit in lane.backlog):
                         # First, so that the log has an actor's chunks in order.
