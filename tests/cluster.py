@@ -160,7 +160,10 @@ class Cluster(Nodes):
         names = list(keys)
         if names:
             password = ("AUTH", self._password) if self._password is not None else ()
-            source.call("MIGRATE", to.address, to.port, "", 0, 10_000, *password, "KEYS", *names)
+            # REPLACE, as redis-cli does it when a key is at the target already: a command that was told to ASK may arrive there
+            # only when its slot has gone back and comes again.
+            options = "REPLACE", *password, "KEYS"
+            source.call("MIGRATE", to.address, to.port, "", 0, 10_000, *options, *names)
 
     def _start(self) -> None:
         for i in range(self._primaries * (1 + self._replicas)):
