@@ -6,9 +6,10 @@ import re
 
 from aionpredis.errors import UsageError
 
-__all__ = ["check_name"]
+__all__ = ["NAME", "check_name"]
 
-_NAME = re.compile(r"[A-Za-z0-9_.-]{1,128}")
+NAME = r"[A-Za-z0-9_.-]{1,128}"
+"""As a regular expression."""
 
 
 def check_name(name: object) -> str:
@@ -17,6 +18,6 @@ def check_name(name: object) -> str:
     Raises:
         UsageError: it is something else.
     """
-    if not isinstance(name, str) or not _NAME.fullmatch(name):
+    if not isinstance(name, str) or not re.fullmatch(NAME, name):
         raise UsageError(f"a name has 1 to 128 of A-Z a-z 0-9 _ . -, not {name!r:.150}")
     return name

@@ -27,7 +27,7 @@ from aionpredis.requests import IN_THREAD, encode_record, nbytes, set_command, t
 if TYPE_CHECKING:
     from aionpredis.client import Client
 
-__all__ = ["Announced", "Policy", "PolicyVersion", "PolicyWatch", "parse_announcement"]
+__all__ = ["Announced", "Policy", "PolicyVersion", "PolicyWatch", "parse_announcement", "stream_of"]
 
 T = TypeVar("T")
 
@@ -86,6 +86,11 @@ def parse_announcement(name: str, version: int, fields: Mapping[bytes, bytes]) -
     return Announced(version, token, [key] if parts == 1 else [f"{key}:{part}" for part in range(parts)], shapes)
 
 
+def stream_of(name: str) -> str:
+    """The key that announces a policy's versions."""
+    return f"{{{name}}}:policy"
+
+
 class Policy:
     """Published versions of a policy's weights. Made by :meth:`aionpredis.Client.policy`.
 
@@ -112,7 +117,7 @@ class Policy:
             raise UsageError(f"keep is at least 1, not {keep}")
         self._client = client
         self._keep = keep
-        self._stream = f"{{{name}}}:policy"
+        self._stream = stream_of(name)
         self._published: list[streams.Entry] = []  # here, and not known to be deleted
         self._changes = client.faults.changes
 

@@ -76,7 +76,8 @@ class Bench:
         import numpy as np
 
         import aionpredis
-        from aionpredis.cli.facts import info_of
+        from aionpredis import info
+        from aionpredis.cli.facts import Server
         from aionpredis.cli.measure import Probe, frame_of
         from aionpredis.errors import ServerError
 
@@ -92,9 +93,8 @@ class Bench:
                 "machine": f"{platform.system()} {platform.release()}, {platform.machine()}",
             }
             try:
-                info = await info_of(client)
-                name = "Valkey" if info.get("server_name") == "valkey" else "Redis"
-                self.environment["server"] += f", {name} {info.get('valkey_version') or info.get('redis_version')}"
+                name, version = Server(client.url, info=await info.ask(client)).version
+                self.environment["server"] += f", {name} {'.'.join(map(str, version))}"
             except ServerError:
                 pass
             async with Probe(client, frame, nbytes=NBYTES) as probe:

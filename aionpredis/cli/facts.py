@@ -10,13 +10,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from aionpredis import info
 from aionpredis.errors import ServerError
-from aionpredis.replay.observer import info_facts
 
 if TYPE_CHECKING:
     from aionpredis.client import Client
 
-__all__ = ["Server", "facts_of", "info_of"]
+__all__ = ["Server", "facts_of"]
 
 
 @dataclass
@@ -50,7 +50,7 @@ class Server:
 
     def number(self, name: str) -> int:
         """Of INFO; 0 if it is not there."""
-        return int(float(self.info.get(name) or 0))
+        return info.number(self.info, name)
 
     @property
     def mode(self) -> str:
@@ -63,11 +63,6 @@ class Server:
         name = "Valkey" if self.info.get("server_name") == "valkey" else "Redis"
         text = self.info.get("valkey_version") or self.info.get("redis_version") or ""
         return name, tuple(int(part) for part in text.split(".") if part.isdigit())
-
-
-async def info_of(client: Client, key: bytes = b"") -> dict[str, str]:
-    """INFO of who has the key."""
-    return info_facts(await client.call("INFO", repeatable=True, key=key))
 
 
 async def facts_of(client: Client, key: bytes) -> Server:
@@ -83,13 +78,13 @@ async def facts_of(client: Client, key: bytes) -> Server:
             server.denied.append(f"{' '.join(map(str, command[:2]))}: {error}")
             return None
 
-    if info := await may("INFO"):
-        server.info = info_facts(info)
+    if said := await may("INFO"):
+        server.info = info.parse(said)
     if config := await may("CONFIG", "GET", "*", "min-string-size-avoid-copy-reply"):  # which * leaves out
         text = [part.decode("utf-8", "replace") for part in config]
         server.config = dict(zip(text[::2], text[1::2], strict=True))
     if server.info.get("cluster_enabled") == "1" and (state := await may("CLUSTER", "INFO")):
-        server.cluster = info_facts(state)
+        server.cluster = info.parse(state)
     if user := await may("ACL", "WHOAMI"):
         server.user = user.decode("utf-8", "replace")
     if default := await may("ACL", "GETUSER", "default"):

@@ -18,7 +18,7 @@ import anyio
 import anyio.to_thread
 import numpy as np
 
-from aionpredis.cli.facts import info_of
+from aionpredis import info
 from aionpredis.errors import ConnectionLost, ServerError, ServerFull, UsageError
 from aionpredis.replay import Schema
 from aionpredis.requests import encode_array, set_command, ttl_options, values_command
@@ -138,10 +138,10 @@ class Probe:
         topology = self._client.topology
         for key in topology.each():
             try:
-                info = await info_of(self._client, key)
+                facts = await info.ask(self._client, key=key)
             except ServerError:
                 return  # a user without the right to ask; the writes are bounded anyway
-            most, used = int(info.get("maxmemory", 0)), int(info.get("used_memory", 0))
+            most, used = info.number(facts, "maxmemory"), info.number(facts, "used_memory")
             needed = 2 * self.count * self.nbytes
             if most and used + needed > most:
                 raise ServerFull(

@@ -14,7 +14,9 @@ from aionpredis import streams
 from aionpredis.codecs import Kind
 from aionpredis.codecs.describe import HEAD, Column, Description, describe
 from aionpredis.errors import DecodeError, NotAnArray, ServerError
+from aionpredis.policy import stream_of
 from aionpredis.replay.keys import Owned, owner
+from aionpredis.replay.log import Names
 
 if TYPE_CHECKING:
     from aionpredis.client import Client
@@ -198,14 +200,15 @@ class _Reversed(NamedTuple):
 
 async def _complete(client: Client, group: Group) -> None:
     """What its streams say, and its columns."""
-    for part in ("log", "policy"):
+    log = Names(group.name).log
+    for stream in (log, stream_of(group.name)):
         try:
-            last = await streams.last_generated(client, f"{{{group.name}}}:{part}")
+            last = await streams.last_generated(client, stream)
         except ServerError as error:
             if not _is_foreign(error):
                 raise
             continue
-        if last is not None and part == "log":
+        if last is not None and stream == log:
             group.has_log = True
             group.newest_run = last[0] if last[0] != streams.RIGHT_MAX else None  # it is being deleted
         elif last is not None:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
+from aionpredis.names import NAME
+
 __all__ = ["Owned", "owner"]
 
-_CHUNK = re.compile(rb"([A-Za-z0-9_.-]{1,128}):(\d{1,20}):[0-9a-f]{16}:\d{1,10}")
-_WEIGHTS = re.compile(rb"([A-Za-z0-9_.-]{1,128}):policy:(\d{1,20}):[0-9a-f]{16}(?::\d{1,5})?")
-_SMALL = re.compile(rb"\{([A-Za-z0-9_.-]{1,128})\}:(actors|log|read|policy)")
+_NAME = NAME.encode()
+_CHUNK = re.compile(rb"(%b):(\d{1,20}):[0-9a-f]{16}:\d{1,10}" % _NAME)
+_WEIGHTS = re.compile(rb"(%b):policy:(\d{1,20}):[0-9a-f]{16}(?::\d{1,5})?" % _NAME)
+_SMALL = re.compile(rb"\{(%b)\}:(actors|log|read|policy)" % _NAME)
 
 
 class Owned(NamedTuple):

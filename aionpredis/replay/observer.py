@@ -10,19 +10,20 @@ import time
 from array import array
 from bisect import bisect_left, bisect_right
 from collections import Counter, deque
-from collections.abc import Awaitable, Mapping
+from collections.abc import Awaitable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
-from aionpredis import streams
+from aionpredis import info, streams
 from aionpredis.errors import ServerError
+from aionpredis.policy import stream_of
 from aionpredis.replay import lag, runs
 from aionpredis.replay.log import Begin, ChunkId, LogReader, Names, parse_begin
 
 if TYPE_CHECKING:
     from aionpredis.client import Client
 
-__all__ = ["ActorView", "Observer", "ReaderView", "RunView", "ServerView", "View", "info_facts"]
+__all__ = ["ActorView", "Observer", "ReaderView", "RunView", "ServerView", "View"]
 
 T = TypeVar("T")
 
@@ -256,7 +257,7 @@ class Observer:
         else:
             self._tally = None
             self._older.clear()
-        newest = await self._may(streams.newest(self._client, f"{{{self._names.name}}}:policy", 1), [])
+        newest = await self._may(streams.newest(self._client, stream_of(self._names.name), 1), [])
         view.policy = newest[0][0][0] if newest else 0
         view.servers = await self._may(self._servers(), [])
         return view
@@ -347,28 +348,18 @@ class Observer:
         found = []
         topology = self._client.topology
         for key in topology.each():
-            facts = info_facts(await self._client.call("INFO", repeatable=True, key=key))
+            facts = await info.ask(self._client, key=key)
             found.append(
                 ServerView(
                     topology.shard(key).dialer.url,
-                    _number(facts, "used_memory"),
-                    _number(facts, "maxmemory"),
-                    _number(facts, "evicted_keys"),
-                    _number(facts, "connected_clients"),
-                    _number(facts, "connected_slaves"),
-                    _number(facts, "instantaneous_ops_per_sec"),
-                    round(_number(facts, "instantaneous_input_kbps") * 1024),
-                    round(_number(facts, "instantaneous_output_kbps") * 1024),
+                    info.number(facts, "used_memory"),
+                    info.number(facts, "maxmemory"),
+                    info.number(facts, "evicted_keys"),
+                    info.number(facts, "connected_clients"),
+                    info.number(facts, "connected_slaves"),
+                    info.number(facts, "instantaneous_ops_per_sec"),
+                    round(info.number(facts, "instantaneous_input_kbps") * 1024),
+                    round(info.number(facts, "instantaneous_output_kbps") * 1024),
                 )
             )
         return found
-
-
-def info_facts(info: Any) -> dict[str, str]:
-    """The lines of INFO, ``name:value``."""
-    text = bytes(info).decode("utf-8", "replace")
-    return dict(line.split(":", 1) for line in text.splitlines() if ":" in line)
-
-
-def _number(facts: Mapping[str, str], name: str) -> int:
-    return int(float(facts.get(name) or 0))

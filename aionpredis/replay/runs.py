@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from aionpredis import streams
+from aionpredis import info, streams
 from aionpredis.errors import CorruptValue, ReplayError, ReplayGone, RunConflict, ServerError
 from aionpredis.policy import Policy
 from aionpredis.replay.log import FIELD, Begin, Names, parse_begin, unpack
@@ -150,14 +150,13 @@ async def check_eviction(client: Client, names: Names) -> None:
     """
     for key in client.topology.each():
         try:
-            info = await client.call("INFO", "memory", repeatable=True, key=key)
+            facts = await info.ask(client, "memory", key=key)
         except ServerError:
             return  # a user without the right to ask
-        facts: Mapping[bytes, bytes] = dict(line.split(b":", 1) for line in info.splitlines() if b":" in line)
-        policy = facts.get(b"maxmemory_policy", b"noeviction")
-        if facts.get(b"maxmemory", b"0") != b"0" and policy != b"noeviction":
+        policy = facts.get("maxmemory_policy", "noeviction")
+        if facts.get("maxmemory", "0") != "0" and policy != "noeviction":
             raise ReplayError(
-                f"the server evicts keys by itself (maxmemory-policy {policy.decode()}), so it may drop what was "
+                f"the server evicts keys by itself (maxmemory-policy {policy}), so it may drop what was "
                 "acknowledged: set maxmemory-policy noeviction",
                 replay=names.name,
             )
