@@ -198,7 +198,7 @@ class Writer:
         for batch in [lane.last for lane in self._lanes.values()]:
             if batch is not None:  # they are settled in order
                 await self._until_settled(batch)
-        self._report()
+        self.report()
 
     # --- for :mod:`aionpredis.blocking`: an item is encoded in one thread and accepted in the loop's ---------------------
 
@@ -206,10 +206,6 @@ class Writer:
     def failed(self) -> bool:
         """Whether the next call raises :class:`WriteFailed`."""
         return bool(self._failures)
-
-    def report(self) -> None:
-        """Raise it."""
-        self._report()
 
     def encode_item(
         self, encoder: Callable[[Any, Codec | None, Key], list[Buffer]], key: Key, value: Any, ttl: float | None
@@ -221,7 +217,7 @@ class Writer:
         options = self._options if ttl is None else ttl_options(ttl)
         command = set_command(key_bytes(key), encoder(value, self._codec, key), options)
         size = sum(map(len, command))
-        settle = self._copy and size > self._bound // 2
+        settle = self._outlasts(size)
         return ([b"".join(command)] if self._copy and not settle else command), size, settle
 
     def has_room(self, size: int) -> bool:
@@ -244,7 +240,7 @@ class Writer:
         if self._closed or self._tasks is None:
             self._check_open()
         if self._failures:
-            self._report()
+            self.report()
         return sum(map(len, command))
 
     def _lane(self, shard: Shard) -> Lane:
@@ -284,12 +280,17 @@ class Writer:
             latest.lane.close_batch()
             await self._wait_for_room()
 
+    def _outlasts(self, size: int) -> bool:
+        """Whether the call of so large an item lasts until it is stored: the promised copy would be over half of the bound."""
+        return self._copy and size > self._bound // 2
+
     async def _accept(self, key: Key, command: list[Buffer], size: int) -> None:
-        if not self._copy or size > self._bound // 2:
-            batch = await self._lend(key, command, size, settle=self._copy)
-            if self._copy:
-                await self._until_returned(batch)
-            elif batch is not batch.lane.current:  # it is full
+        if self._outlasts(size):
+            await self.settle_item(key, command, size)
+            return
+        if not self._copy:
+            batch = await self._lend(key, command, size, settle=False)
+            if batch is not batch.lane.current:  # it is full
                 await anyio.lowlevel.checkpoint()
             return
         length = max(size, self._arena_size)
@@ -396,7 +397,8 @@ class Writer:
             self._arenas.append(arena)
         self._room.set()
 
-    def _report(self) -> None:
+    def report(self) -> None:
+        """Raise what could not be stored, and was not reported before."""
         failures, self._failures = self._failures, []
         if failures:
             raise WriteFailed(failures)
