@@ -481,9 +481,7 @@ class Client:
                 scan = "SCAN", cursor, "MATCH", key_bytes(pattern), "COUNT", SCAN_KEYS
                 cursor, names = await self.call(*scan, repeatable=True, key=shard)
                 yield names
-                if (
-                    self.faults.changes != changes
-                ):  # to another server than the one that gave it the cursor says nothing
+                if self.faults.changes != changes:  # to another server than the one that gave it, it says nothing
                     cursor, changes = 0, self.faults.changes
 
     async def count_keys(self, command: str, keys: Iterable[Key], *, repeatable: bool = False) -> int:

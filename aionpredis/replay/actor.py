@@ -193,7 +193,7 @@ class Actor:
         return self._rows.append
 
     def forsake(self) -> None:
-        """Take no transition any more; for :mod:`aionpredis.blocking`, in a process that was forked off."""
+        """Take no transition any more; also for :mod:`aionpredis.blocking`, in a process that was forked off."""
         self._rows.switch(dict.fromkeys(self._schema, np.empty(0)), 0)  # no row to write
 
     @property
@@ -249,7 +249,7 @@ class Actor:
         """Let go of the buffers: an actor refers to itself, by the functions that were compiled for it."""
         self._committer.close()
         self._stats.appended += self._rows_written()
-        self._rows.switch(dict.fromkeys(self._schema, np.empty(0)), 0)  # no row to write
+        self.forsake()
         self._current = None
         self._full.clear()
         self._free.clear()
@@ -275,7 +275,6 @@ class Actor:
                 self.run = None
         while self._committer.busy:
             await self._committer.progress()
-        self._committer.reset()
         fruitless = 0
         while True:
             await self._committer.restore()
@@ -295,8 +294,7 @@ class Actor:
         if self._numbered != begin.run:
             self._numbered, self._seq = begin.run, 0
         await self._say_name()
-        self._committer.reset()  # one of its lanes may have found only now that the last run has ended
-        self._committer.beginning = runs.Beginning(self._client, self._names, begin)
+        self._committer.begin(runs.Beginning(self._client, self._names, begin))
         self.run = self._last = begin
         self._begin_chunk()
         return begin

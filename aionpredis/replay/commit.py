@@ -169,7 +169,7 @@ class Committer:
     ``replicas``: who has to have a chunk besides; the client is a twin of its own then.
 
     ``settled(buffer, rows, committed)`` is called once for each chunk, and gives the buffer back. ``failure``, ``ended``
-    and ``gone`` say why nothing more is committed until :meth:`reset`: an error, a newer run, or a log that was deleted.
+    and ``gone`` say why nothing more is committed until :meth:`begin`: an error, a newer run, or a log that was deleted.
     """
 
     def __init__(
@@ -229,9 +229,12 @@ class Committer:
     def _doubtful(self) -> bool:
         return self._last.doubtful or (self.beginning is not None and self.beginning.doubtful)
 
-    def reset(self) -> None:
-        """Commit again, to another run, or in spite of a failure."""
+    def begin(self, beginning: runs.Beginning) -> None:
+        """Commit to this run from now on, whatever has become of the last one. (One of the lanes may find only now that it
+        has ended.)
+        """
         self.failure, self.ended, self.gone = None, False, False
+        self.beginning = beginning
 
     def commit(self, buffer: ChunkBuffer, run: int, chunk: ChunkId) -> None:
         """Send a chunk, and with it what waits to be sent of others. Its buffer is borrowed until it is settled."""
