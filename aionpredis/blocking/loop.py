@@ -16,7 +16,7 @@ import weakref
 from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, suppress
 from types import TracebackType
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NoReturn, TypeVar
 
 import anyio
 from anyio.abc import TaskGroup, TaskStatus
@@ -150,6 +150,16 @@ class Loop:
                 method()
 
 
+def _raise_kept(owner: _Call[Any] | Host) -> NoReturn:
+    """Raise the error that it kept for this, and let neither it nor a frame refer to the error any longer."""
+    error, owner._error = owner._error, None
+    assert error is not None
+    try:
+        raise error
+    finally:
+        del error  # it refers to this frame
+
+
 class _Call(Generic[T]):
     """A function that runs in the loop, and the thread that waits for it."""
 
@@ -206,11 +216,7 @@ class _Call(Generic[T]):
 
     def result(self) -> T:
         if self._error is not None:
-            error, self._error = self._error, None
-            try:
-                raise error
-            finally:
-                del error  # it refers to this frame
+            _raise_kept(self)
         if not self._values:
             raise UsageError("the client was closed meanwhile")
         return self._values[0]
@@ -261,11 +267,7 @@ class Host:
                 await self._left.wait()
             raise
         if self._error is not None:
-            error, self._error = self._error, None
-            try:
-                raise error
-            finally:
-                del error  # it refers to this frame
+            _raise_kept(self)
         return self._result
 
     def abandon(self) -> None:
