@@ -311,6 +311,22 @@ async def test_a_server_that_falls_silent_is_left_when_another_takes_its_place(c
             cluster.cont(owner)
 
 
+@pytest.mark.parametrize("known", [True, False], ids=["connected", "to be dialled"])
+async def test_a_replica_that_falls_silent_is_not_read_from(cluster: Cluster, known: bool) -> None:
+    (replica,) = cluster.replicas(cluster.owner(slot_of("k")))
+    async with aionpredis.connect(cluster.url, timeout=60, connect_timeout=60, read_replicas=True) as client:
+        await client.set("k", array(1))
+        assert cluster.owner(slot_of("k")).call("WAIT", 1, 5000) == 1
+        if known:
+            await client.get_value("k", immutable=True)
+        cluster.stop(replica)
+        try:
+            with anyio.fail_after(20):
+                assert await client.get_value("k", immutable=True) is not None
+        finally:
+            cluster.cont(replica)
+
+
 async def test_one_who_waits_at_a_silent_server_is_told_when_another_takes_its_place(cluster: Cluster) -> None:
     found: list[int] = []
 

@@ -62,6 +62,7 @@ class Cluster:
         self._servers: dict[Address, Shard] = {}  # all that were ever talked to as a primary
         self._replicas: dict[Address, Shard] = {}  # as a replica
         self._readers: dict[Shard, Iterator[Shard]] = {}  # by primary
+        self._reading: set[Shard] = set()  # replicas that the servers say are there
         self._primaries: dict[Address, Shard] = {}
         self.shards: Sequence[Shard] = ()
         self._found: Sequence[Slots] = ()
@@ -182,6 +183,11 @@ class Cluster:
             await self._refresh()
         return shard not in self.shards
 
+    async def _is_gone(self, replica: Shard) -> bool:
+        with suppress(ConnectError):
+            await self._refresh()
+        return replica not in self._reading
+
     async def _refresh(self, first: Address | None = None) -> None:
         refreshed = self._refreshed
         async with self._refreshing:
@@ -200,10 +206,14 @@ class Cluster:
     def _in_turn(self, replicas: Sequence[Address]) -> Iterator[Shard]:
         for address in replicas:
             if address not in self._replicas:
-                self._replicas[address] = Shard(self._dialer.at(address), self._counters, readonly=True)
+                self._replicas[address] = Shard(
+                    self._dialer.at(address), self._counters, readonly=True, on_silence=self._is_gone
+                )
+        shards = [self._replicas[address] for address in replicas]
+        self._reading.update(shards)
         # Each client begins with another one.
         first = random.randrange(len(replicas))
-        return itertools.cycle([self._replicas[address] for address in (*replicas[first:], *replicas[:first])])
+        return itertools.cycle([*shards[first:], *shards[:first]])
 
     def _adopt(self, found: Sequence[Slots]) -> Collection[Address]:
         """Take this map; returns its primaries."""
@@ -214,6 +224,7 @@ class Cluster:
             slots[part.first : part.last + 1] = [shard] * (part.last + 1 - part.first)
         if not primaries:
             raise ConnectError(f"{self._dialer.url}: no server of the cluster has any slots")
+        self._reading = set()
         if self._read_replicas:
             self._readers = {primaries[part.primary]: self._in_turn(part.replicas) for part in found if part.replicas}
         self._found, self._slots, self._primaries, self.shards = found, slots, primaries, tuple(primaries.values())
