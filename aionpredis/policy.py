@@ -43,6 +43,9 @@ PART = 400 << 20
 MAX_PARTS = 10_000
 """Records of one version: 4 TB."""
 
+REMEMBERED = 64
+"""Versions that a publisher knows of that were its own: with one a second, those of a minute."""
+
 MAX_SHAPES = 1 << 20
 """Bytes of JSON that say which arrays were cut: of ~20,000 of them, 400 MB each."""
 
@@ -118,7 +121,7 @@ class Policy:
         self._client = client
         self._keep = keep
         self._stream = stream_of(name)
-        self._published: list[streams.Entry] = []  # here, and not known to be deleted
+        self._published: list[streams.Entry] = []  # here, the last ones, also what was deleted since
         self._changes = client.faults.changes
 
     def __repr__(self) -> str:
@@ -269,17 +272,16 @@ class Policy:
         return weights
 
     async def _delete_lost(self) -> None:
-        """Delete what was published here, and whose announcement a failover has taken: nobody else knows of it, and newer
-        weights have taken its place.
+        """Delete what was published here, and is not announced (any more), if a failover may have taken the announcement or
+        brought the weights back: nobody else knows of them, and newer weights have taken their place.
         """
         changes = self._client.faults.changes
         if changes != self._changes:
             present = await streams.page(self._client, self._stream, "-", "+")
             lost = [entry for entry in self._published if entry not in present]
             await self._client.count_keys("UNLINK", self._keys(lost), repeatable=True)
-            self._published = [entry for entry in self._published if entry in present]
             self._changes = changes
-        del self._published[: -self._keep]  # others were deleted with this one's announcement
+        del self._published[: -max(self._keep, REMEMBERED)]
 
     async def _room(self, announced: Announced) -> int:
         """Bytes that the arrays in these records can have at most."""

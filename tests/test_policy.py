@@ -417,6 +417,22 @@ async def test_weights_whose_announcement_a_failover_took_are_deleted(
             assert [int(each.weights["w"][0]) for each in (first, last)] == [1, 4]
 
 
+async def test_old_weights_that_a_failover_brought_back_are_deleted(url: str, stock: redis.Redis) -> None:
+    async with aionpredis.connect(url) as client:
+        policy = client.policy("p", keep=2)
+        for version in range(1, 6):
+            await policy.publish({"w": np.full(3, version)})
+        old = [f"p:policy:{version}:{fields[b'token'].decode()}" for (version, _), fields in policy._published[:3]]
+        assert stock.exists(*old) == 0
+        for _ in range(2):  # the one may be undone as the other was
+            for key in old:
+                stock.set(key, b"as before")
+            kill_connections(stock)
+            await policy.publish({"w": np.full(3, 6)})
+            assert unnamed(stock) == []
+            assert len(stock.keys("p:policy:*")) == 2
+
+
 @pytest.mark.usefixtures("small_parts")
 @pytest.mark.parametrize("how", ["killed", "cancelled"])
 async def test_publisher_that_dies_at_any_step_leaves_nothing_unnamed_after_its_lease(
