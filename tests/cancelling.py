@@ -121,11 +121,15 @@ class Stepped:
         kind = anyio.get_cancelled_exc_class()
         resume: Callable[[], Any] = lambda: next(steps)  # noqa: E731
         cancellation: BaseException | None = None
+        where: list[str] = []
         while True:
             try:
                 asked = resume()
             except StopIteration as stop:
-                assert cancellation is None, "a cancellation was swallowed"
+                # trio's comes again at the next checkpoint; if there is none, the call has made its way just in time.
+                assert cancellation is None or kind is not asyncio.CancelledError, (
+                    f"swallowed a cancellation at {where}"
+                )
                 return stop.value
             except BaseException as error:
                 if isinstance(error, kind) and self.wanted():
@@ -145,6 +149,16 @@ class Stepped:
                 resume = lambda value=value: steps.send(value)  # type: ignore[misc] # noqa: E731
             if isinstance(arrived, kind) and self.wanted():
                 cancellation = arrived
+                where = [*suspended_at(self._call)]
+
+
+def suspended_at(call: Any) -> Iterator[str]:
+    """Where a coroutine is suspended, and those that it awaits."""
+    while call is not None:
+        frame = getattr(call, "cr_frame", None)
+        if frame is not None:
+            yield f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
+        call = getattr(call, "cr_await", None)
 
 
 async def stepped(call: Callable[[], Awaitable[Any]], figures: Figures, step: int) -> bool:
