@@ -102,7 +102,7 @@ async def _delete(client: Client, survey: Survey, deleted: dict[str, int]) -> No
 
         for group in survey.groups.values():
             if group.kind == "replay":
-                await runs.delete(client, Names(group.name), count)
+                await runs.delete(client, Names(group.name), progress=count)
                 deleted["replays"] += 1
         async for page in client.scan_pages():
             matching = list(survey.matching(page))

@@ -12,7 +12,7 @@ import math
 import operator
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AsyncExitStack
+from contextlib import AbstractAsyncContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -85,8 +85,8 @@ class Replay:
     the same number for all actors and learners.
 
     ``replicas``: actors acknowledge a transition when so many replicas of each primary server have it, too (command ``WAIT``,
-    over connections of each actor's own): then a failover loses nothing of it. So does :meth:`restore`. 0: when the primary has
-    it.
+    over connections of each actor's own): then a failover loses nothing of it. So does :meth:`restore`, and what deletes runs:
+    a failover brings nothing of them back. 0: when the primary has it.
 
     ``empty``: makes the memory that batches are received into, ``empty(nbytes)`` as uint8, shape ``(nbytes,)``; for example
     pinned, for a GPU: :func:`aionpredis.frameworks.torch.pinned_empty`. It is used again once nobody refers to it.
@@ -153,6 +153,7 @@ class Replay:
             ReplayGone: the replay was deleted meanwhile.
             ReplayError: the server may evict keys by itself.
             ServerFull: no memory is left for the log or the policy, and no run to delete.
+            NotReplicated: fewer replicas than the replay wants have deleted the old runs.
         """
         if keep < 1:
             raise UsageError(f"keep is at least 1, the run that is begun; not {keep}")
@@ -173,10 +174,11 @@ class Replay:
                 )
                 break
             except ServerFull:  # for SET and XADD; UNLINK is not refused
-                if not await runs.delete_oldest(self._client, self._names):
-                    raise
+                async with self._sender() as sender:
+                    if not await runs.delete_oldest(sender, self._names, replicas=self._replicas):
+                        raise
         self._beginning = runs.Beginning(self._client, self._names, run)
-        await runs.delete_below(self._client, self._names, run.run - keep + 1)
+        await self.delete_runs_before(run.run - keep + 1)
         return run
 
     async def latest_run(self) -> Run | None:
@@ -188,27 +190,38 @@ class Replay:
             await self._beginning.confirm()
 
     async def delete_runs_before(self, run: int | Run) -> int:
-        """Delete the data of all runs before this one; how many chunks were deleted. Finishes what a crash interrupted."""
-        return await runs.delete_below(self._client, self._names, _number(run))
+        """Delete the data of all runs before this one; how many chunks were deleted. Finishes what a crash interrupted.
+
+        Raises:
+            NotReplicated: fewer replicas than the replay wants have deleted them.
+        """
+        async with self._sender() as sender:
+            return await runs.delete_below(sender, self._names, _number(run), replicas=self._replicas)
 
     async def drop(self, run: int | Run) -> int:
         """Delete one run, which is not the newest; how many chunks were deleted. After a crash, call it again.
 
         Raises:
             UsageError: it is the newest run: actors may be appending to it.
+            NotReplicated: fewer replicas than the replay wants have deleted it.
         """
         latest = await self.latest_run()
         if latest is not None and _number(run) >= latest.run:
             raise UsageError(f"run {_number(run)} is the newest: begin another one before dropping it, or delete() all")
-        return await runs.drop(self._client, self._names, _number(run))
+        async with self._sender() as sender:
+            return await runs.drop(sender, self._names, _number(run), replicas=self._replicas)
 
     async def delete(self) -> None:
         """Delete the replay: the data of all runs, the policy, and the log at last. After a crash, call it again.
 
         From its first step on the server refuses every commit. Actors get :class:`ReplayGone` or :class:`RunEnded`; one
         that calls ``join()`` then waits until a trainer begins a replay of this name anew.
+
+        Raises:
+            NotReplicated: fewer replicas than the replay wants have deleted the data of its runs.
         """
-        await runs.delete(self._client, self._names)
+        async with self._sender() as sender:
+            await runs.delete(sender, self._names, replicas=self._replicas)
 
     async def leftover_keys(self, before: int | Run) -> list[bytes]:
         """Data keys of runs before this one that are still there. Of deleted runs there is none after one lease.
@@ -509,16 +522,18 @@ class Replay:
             RunConflict, ReplayError: as for :meth:`begin_run`.
         """
         saved = await checkpoint.look_through(Path(folder), self.name, self.schema)
-        async with AsyncExitStack() as stack:
-            sender = self._client
+        async with self._sender() as sender:
             if self._replicas is not None:
-                sender = await stack.enter_async_context(sender.twin())
                 await self._replicas.check(sender.topology.shards)
             run = await self.begin_run(saved.weights, keep=keep)
             await saved.write(
                 sender, self._names, run.run, lease=self._lease, replicas=self._replicas, progress=progress
             )
         return run
+
+    def _sender(self) -> AbstractAsyncContextManager[Client]:
+        """A client whose writes replicas can be waited for."""
+        return nullcontext(self._client) if self._replicas is None else self._client.twin()
 
 
 def _position(after: Iterable[int] | None, run: int) -> Position | None:

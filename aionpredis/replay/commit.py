@@ -331,7 +331,7 @@ class Committer:
                 if self._evict is not None:
                     # To the end, though the actor is left: an entry without data would be taken for a loss.
                     with anyio.move_on_after(EVICT_SECONDS, shield=True):
-                        await runs.evict(self._client, self._names, *self._evict)
+                        await runs.evict(self._client, self._names, *self._evict, replicas=self._replicas)
                     self._evict = None
             except ServerFull as error:  # until there is room: meanwhile append() waits
                 lane.refusal = error

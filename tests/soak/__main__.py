@@ -73,9 +73,8 @@ def whole_cluster(
         rng,
         url=lambda slot: cluster.url,
         host=lambda slot: (NODES + slot) % count,
-        kept_by=lambda slot: (
-            "replica" if slot < PROCESSES - SHARED else "memory"
-        ),  # who is cut off with a primary loses
+        # Who is cut off with a primary loses something.
+        kept_by=lambda slot: "replica" if slot < PROCESSES - SHARED else "memory",
     )
     faults = int(os.environ.get("SOAK_FAULTS", "20"))
     return fleet, Storm(cluster, fleet, rng, faults, network if separate else None, SHARED), cluster.url
@@ -102,7 +101,7 @@ def main() -> None:
         else:
             fleet, chaos, url = one_server(folder, rng, stack)
         portal = stack.enter_context(anyio.from_thread.start_blocking_portal())
-        trainer = portal.start_task_soon(train, url, folder, verdicts)
+        trainer = portal.start_task_soon(train, url, folder, verdicts, int(isinstance(chaos, Storm)))
         stack.callback(trainer.cancel)
         fleet.begun()
         sampled = time.monotonic()
