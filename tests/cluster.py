@@ -47,6 +47,8 @@ class Cluster(Nodes):
 
     Each operation returns when all nodes that answer agree on the outcome. In memory only: what a node held is lost
     with its process. A primary whose slots are all gone remains, but is not among `primaries`.
+
+    ``tls``: the directives about certificates and keys. Then all speak TLS, to each other, too.
     """
 
     def __init__(
@@ -58,15 +60,18 @@ class Cluster(Nodes):
         password: str | None = None,
         hosts: Hosts | None = None,
         config: Mapping[str, str] | None = None,
+        tls: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(binary=binary, password=password, hosts=hosts, config=config)
         self._primaries = primaries
         self._replicas = replicas
+        self._tls = tls
 
     @property
     def url(self) -> str:
-        """All nodes, as ``redis+cluster://``."""
-        return self._address("redis+cluster", self.nodes, self._password)
+        """All nodes, as ``redis+cluster://`` or ``rediss+cluster://``."""
+        scheme = "redis+cluster" if self._tls is None else "rediss+cluster"
+        return self._address(scheme, self.nodes, self._password)
 
     @property
     def ports(self) -> list[int]:
@@ -168,7 +173,10 @@ class Cluster(Nodes):
     def _start(self) -> None:
         for i in range(self._primaries * (1 + self._replicas)):
             # Who it is and what it knows of the others: outlives the process, unlike the server's own folder.
-            self._add(_CONFIG | {"cluster-config-file": str(self._folder / f"{i}.conf")}, password=self._password)
+            config = _CONFIG | {"cluster-config-file": str(self._folder / f"{i}.conf")}
+            if self._tls is not None:
+                config |= {"tls-cluster": "yes", "tls-replication": "yes", **self._tls}
+            self._add(config, password=self._password, tls=self._tls is not None)
         primaries, replicas = self.nodes[: self._primaries], self.nodes[self._primaries :]
         for node in self.nodes:
             node.id = node.call("CLUSTER", "MYID")

@@ -63,7 +63,16 @@ class Node:
 
     admin: redis.Redis
 
-    def __init__(self, address: str, port: int, binary: Path, password: str | None, config: Mapping[str, str]):
+    def __init__(
+        self,
+        address: str,
+        port: int,
+        binary: Path,
+        password: str | None,
+        config: Mapping[str, str],
+        *,
+        tls: bool = False,
+    ) -> None:
         self.address = address
         self.port = port
         self.id = ""  # a cluster's name for it
@@ -71,7 +80,9 @@ class Node:
         self._password = password
         # Nodes know each other by the addresses that their connections come from.
         own = {"bind": address, "bind-source-addr": address, "protected-mode": "no"}
-        self._server = Server(port=port, binary=binary, config=own | dict(config))
+        if tls:
+            own["tls-port"] = str(port)
+        self._server = Server(port=None if tls else port, binary=binary, config=own | dict(config))
 
     def start(self) -> None:
         """Start it; what a process before this one had in memory is lost."""
@@ -199,7 +210,9 @@ class Nodes:
     def _is_ok(self) -> bool:
         raise NotImplementedError
 
-    def _add(self, config: Mapping[str, str], *, binary: Path | None = None, password: str | None = None) -> Node:
+    def _add(
+        self, config: Mapping[str, str], *, binary: Path | None = None, password: str | None = None, tls: bool = False
+    ) -> Node:
         """Start one more node."""
         address, binary = "127.0.0.1", binary or self._binary
         if self._hosts is not None:
@@ -208,7 +221,7 @@ class Nodes:
         if password is not None:
             quoted = '"' + password.replace("\\", "\\\\").replace('"', '\\"') + '"'
             config = {"requirepass": quoted, "masterauth": quoted, **config}
-        node = Node(address, new_port(), binary, password, {**config, **self._config})
+        node = Node(address, new_port(), binary, password, {**config, **self._config}, tls=tls)
         self._stack.callback(node.end)
         self.nodes.append(node)
         node.start()

@@ -7,7 +7,7 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,8 +25,9 @@ from aionpredis.wire.connection import Connection
 from aionpredis.wire.resp import MAX_BULK, TURN, Reply, encode
 from aionpredis.wire.socket import RECORD, TLSSocket, wrap
 
+from .cluster import Cluster, slot_of
 from .replays import SCHEMA, fill, uids
-from .servers import free_port, make_server
+from .servers import binary_of, free_port, make_server
 from .strategies import equal
 from .tls import Certificates, Terminator, tls_server
 
@@ -290,6 +291,53 @@ async def test_tls_and_none_do_not_meet(kind: str, certificates: Certificates) -
     port = free_port()
     with make_server(kind, port=port):
         assert "without TLS: redis://" in str(await refused(f"rediss://127.0.0.1:{port}", connect_timeout=0.3))
+
+
+# --- a cluster -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tls_cluster(certificates: Certificates) -> Iterator[Cluster]:
+    with tls_server("redis", certificates):  # or it is skipped
+        pass
+    with Cluster(binary=binary_of("redis"), tls=certificates.directives()) as cluster:
+        yield cluster
+
+
+@pytest.mark.one_loop("a cluster whose servers are replaced, which takes seconds")
+async def test_cluster_that_speaks_tls_is_used_and_followed(tls_cluster: Cluster, certificates: Certificates) -> None:
+    """Each server by its own address and by TLS alone, also those that take over, or get a slot."""
+    keys = [f"k{i}" for i in range(100)]
+    await refused(tls_cluster.url)  # the CA is not known
+    options: dict[str, Any] = {"ssl_ca_certs": str(certificates.ca_file), "read_replicas": True}
+    async with aionpredis.connect(tls_cluster.url, **options) as client, client.writer(replicas=1) as writer:
+        changes: list[Callable[[Cluster], None]] = [lambda cluster: None, move_a_slot, kill_one]
+        for turn, change in enumerate(changes):
+            with anyio.fail_after(30):
+                await anyio.to_thread.run_sync(change, tls_cluster)
+                for key in keys:
+                    await writer.put(key, STATE + np.uint16(turn))
+                await writer.flush()
+                assert all(equal(array, STATE + np.uint16(turn)) for array in await client.mget(keys))
+                replay = Replay(client, f"r{turn}", SCHEMA)
+                await replay.begin_run()
+                async with replay.actor() as actor:
+                    await actor.join()
+                    await fill(actor, range(100))
+                assert sorted(await uids(await replay.epoch())) == [*range(100)]
+        connections = [await shard.connection() for shard in client.topology.shards]
+        assert [type(connection._sock) for connection in connections] == [TLSSocket] * 3
+
+
+def move_a_slot(cluster: Cluster) -> None:
+    slot = slot_of("k1")
+    cluster.migrate(slot, next(node for node in cluster.primaries() if node is not cluster.owner(slot)))
+
+
+def kill_one(cluster: Cluster) -> None:
+    old = cluster.owner(slot_of("k2"))
+    cluster.failover(old)
+    cluster.restart(old)
 
 
 # --- never for ever --------------------------------------------------------------------------------------------------

@@ -45,6 +45,15 @@ class Certificates:
         """Certificate and key for a client."""
         return self._write("client", self.ca.issue_cert("client@example.org"))
 
+    def directives(self) -> dict[str, str]:
+        """Of a Redis that speaks TLS by itself."""
+        return {
+            "tls-cert-file": str(self.server),
+            "tls-key-file": str(self.server_key),
+            "tls-ca-cert-file": str(self.ca_file),
+            "tls-auth-clients": "no",
+        }
+
     def context(self, *, clients: bool = False) -> ssl.SSLContext:
         """For a server; ``clients``: they must have a certificate of the same CA, too."""
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -140,14 +149,8 @@ def tls_server(kind: str, certificates: Certificates, **config: str) -> Iterator
             yield terminator.port
         return
     port = free_port()
-    directives = {
-        "bind": "127.0.0.1",
-        "tls-port": str(port),
-        "tls-cert-file": str(certificates.server),
-        "tls-key-file": str(certificates.server_key),
-        "tls-ca-cert-file": str(certificates.ca_file),
-        "tls-auth-clients": "no",
-    } | {name.replace("_", "-"): value for name, value in config.items()}
+    directives = {"bind": "127.0.0.1", "tls-port": str(port)} | certificates.directives()
+    directives |= {name.replace("_", "-"): value for name, value in config.items()}
     server = make_server(kind, config=directives)
     try:
         server.start()
