@@ -421,6 +421,20 @@ async def test_actor_waits_while_the_server_is_full(kind: str) -> None:
             assert {stock.pttl(key) for key in data_keys(stock)} == {-1}
 
 
+async def test_actor_whose_tasks_are_cancelled_before_its_owner_hears_of_it_is_left_at_once(url: str) -> None:
+    async with aionpredis.connect(url) as client:
+        replay = replay_of(client)
+        await replay.begin_run()
+        with anyio.fail_after(5), anyio.CancelScope() as scope:
+            async with replay.actor() as actor:
+                await actor.join()
+                await fill(actor, range(3))
+                scope.cancel()
+                with anyio.CancelScope(shield=True):
+                    await anyio.sleep(0.01)
+        assert scope.cancelled_caught
+
+
 @pytest.mark.parametrize("delay", [0.0, 0.0005, 0.002])
 async def test_cancellation_leaves_nothing_unnamed(url: str, stock: redis.Redis, delay: float) -> None:
     async with aionpredis.connect(url) as client:

@@ -272,11 +272,13 @@ class Committer:
 
     async def work(self) -> None:
         """Settle what is committed, until :meth:`close`."""
-        async with anyio.create_task_group() as self._tasks:
-            for lane in self._lanes.values():
-                self._tasks.start_soon(self._drive, lane)
-            await self._closed.wait()  # until then another shard may come
-        self._tasks = None
+        try:
+            async with anyio.create_task_group() as self._tasks:
+                for lane in self._lanes.values():
+                    self._tasks.start_soon(self._drive, lane)
+                await self._closed.wait()  # until then another shard may come
+        finally:
+            self._tasks = None  # cancelled, with the actor's task, which may hear of it only after one more commit
 
     async def _drive(self, lane: _Lane) -> None:
         """Send what goes to one shard, and take the replies."""
