@@ -277,8 +277,9 @@ class Policy:
         """
         changes = self._client.faults.changes
         if changes != self._changes:
+            published = tuple(self._published)  # before looking: another task may announce one meanwhile
             present = await streams.page(self._client, self._stream, "-", "+")
-            lost = [entry for entry in self._published if entry not in present]
+            lost = [entry for entry in published if entry not in present]
             await self._client.count_keys("UNLINK", self._keys(lost), repeatable=True)
             self._changes = changes
         del self._published[: -max(self._keep, REMEMBERED)]

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Collection, Iterable
+from collections.abc import Collection, Iterable
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 import anyio
@@ -17,12 +16,12 @@ from aionpredis.errors import (
     ServerUnavailable,
     UsageError,
 )
-from aionpredis.retry import Retry
 from aionpredis.wire import resp
 from aionpredis.wire.resp import Reply
 
 if TYPE_CHECKING:
     from aionpredis.client import Client
+    from aionpredis.retry import Retry
     from aionpredis.wire.connection import Connection
     from aionpredis.wire.shard import Shard
 
@@ -42,13 +41,6 @@ class Sent(Protocol):
     @property
     def over(self) -> set[Connection]:
         """It was sent over these, as far as replicas are not known to have it."""
-
-
-@dataclass
-class _Everything:
-    """What was sent over these."""
-
-    over: set[Connection]
 
 
 class Replicas:
@@ -98,33 +90,6 @@ class Replicas:
                 else:
                     for each in covered:
                         each.over.discard(connection)
-
-    async def have(self, client: Client, work: Callable[[], Awaitable[int]]) -> int:
-        """Do work that may be repeated, over connections that nobody else uses (a twin's), and return when they have it, too;
-        the sum of what it returned. It is done again if a server may have been replaced before they had it: the new one may
-        not know of it.
-
-        Raises:
-            NotReplicated: they do not have it, after the client's ``retry_timeout``.
-            ConnectError, ConnectionLost, ServerError: as for the work, or the user may not ask.
-        """
-        done = 0
-        retry = Retry(client.faults)
-        try:
-            while True:
-                changes = client.faults.changes
-                done += await work()
-                shards = client.topology.shards
-                try:
-                    await self.acknowledge(_Everything({await shard.connection() for shard in shards}), (), retry)
-                except (ConnectError, ConnectionLost, ServerUnavailable) as error:
-                    await anyio.sleep(retry.after(error))
-                    continue
-                if client.faults.changes == changes:
-                    retry.succeeded()
-                    return done
-        finally:
-            retry.reset()
 
     async def _wait(self, connection: Connection, seconds: float) -> None:
         milliseconds = max(1, int(1000 * min(seconds, self._most_seconds)))

@@ -322,16 +322,6 @@ MUTATIONS = [
         ],
         CLUSTER_REPLAY_TESTS,
     ),
-    Mutation(
-        "replicas are not waited for when something is deleted",
-        [("replay/runs.py", "unlink() if replicas is None else replicas.have(client, unlink)", "unlink()")],
-        DURABILITY_TESTS,
-    ),
-    Mutation(
-        "replicas of another connection than that which was used are waited for",
-        [("replicas.py", "if client.faults.changes == changes:", "if True:")],
-        DURABILITY_TESTS,
-    ),
     # --- cancellation ---
     Mutation(
         "wire: a cancelled reply is not abandoned",

@@ -435,6 +435,26 @@ async def test_actor_whose_tasks_are_cancelled_before_its_owner_hears_of_it_is_l
         assert scope.cancelled_caught
 
 
+async def test_flush_of_a_cancelled_actor_is_an_error_and_no_hang(url: str) -> None:
+    """Who has shielded it: the tasks that would do the work are gone."""
+    async with aionpredis.connect(url) as client:
+        replay = replay_of(client)
+        await replay.begin_run()
+        with anyio.fail_after(5), anyio.CancelScope() as scope:
+            async with replay.actor() as actor:
+                await actor.join()
+                await fill(actor, range(50))
+                try:
+                    scope.cancel()
+                    await anyio.sleep(1)
+                finally:
+                    with anyio.CancelScope(shield=True), pytest.raises(UsageError, match="cancelled"):
+                        await actor.flush()
+                    with anyio.CancelScope(shield=True), pytest.raises(UsageError):
+                        await fill(actor, range(1000))
+        assert scope.cancelled_caught
+
+
 @pytest.mark.parametrize("delay", [0.0, 0.0005, 0.002])
 async def test_cancellation_leaves_nothing_unnamed(url: str, stock: redis.Redis, delay: float) -> None:
     async with aionpredis.connect(url) as client:

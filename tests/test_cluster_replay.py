@@ -5,8 +5,8 @@ from __future__ import annotations
 import itertools
 import time
 import warnings
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import ExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import ExitStack, asynccontextmanager, contextmanager
 from pathlib import Path
 
 import anyio
@@ -19,7 +19,7 @@ from aionpredis import Batches, Client, NotReplicated, Replay, Run, UsageError
 
 from .cluster import Cluster, slot_of
 from .nodes import Node, wait
-from .replays import SCHEMA, unnamed_without_ttl
+from .replays import SCHEMA, fill, replay_of, unnamed_without_ttl
 from .stock import stock_of
 
 pytestmark = [pytest.mark.anyio, pytest.mark.timeout(90), pytest.mark.one_loop("they wait for failovers")]
@@ -149,17 +149,28 @@ async def world(cluster: Cluster, replicas: int = 0) -> AsyncIterator[World]:
 Fault = Callable[[Cluster], object]
 
 
-def replace_by_an_older(cluster: Cluster, primary: Node) -> None:
-    """Kill it when its replica has missed what it did in the last 300 ms."""
+@contextmanager
+def behind(cluster: Cluster, primary: Node) -> Iterator[Node]:
+    """Its replica misses what it does meanwhile."""
     (replica,) = cluster.replicas(primary)
     replica.call("CONFIG", "SET", "masterauth", "refused")
     try:
         primary.call("CLIENT", "KILL", "TYPE", "replica")
-        time.sleep(0.3)
-        cluster.kill(primary)
-        wait(lambda: replica.info()["role"] == "master", "the replica takes over")
+        yield replica
     finally:
         replica.call("CONFIG", "SET", "masterauth", "")
+
+
+def replace(cluster: Cluster, primary: Node, replica: Node) -> None:
+    cluster.kill(primary)
+    wait(lambda: replica.info()["role"] == "master", "the replica takes over")
+
+
+def replace_by_an_older(cluster: Cluster, primary: Node) -> None:
+    """Kill it when its replica has missed what it did in the last 300 ms."""
+    with behind(cluster, primary) as replica:
+        time.sleep(0.3)
+        replace(cluster, primary, replica)
     cluster.wait_ok()
 
 
@@ -302,3 +313,24 @@ async def test_chunks_spread_evenly_over_the_servers(cluster: Cluster) -> None:
         for primary in cluster.primaries():
             share = len(cluster.slots(primary)) / 16384  # a third, but for slots that other tests have moved
             assert abs(primary.call("DBSIZE") - share * 9000) < 300
+
+
+@pytest.mark.one_loop("a server is killed, which takes seconds")
+async def test_data_that_a_failover_has_brought_back_are_deleted_again(cluster: Cluster) -> None:
+    async with aionpredis.connect(cluster.url) as client:
+        replay = replay_of(client)
+        first = await replay.begin_run()
+        async with replay.actor() as actor:
+            await actor.join()
+            await fill(actor, range(200))
+        await replay.begin_run(keep=2)
+        primary = data_server(cluster)
+        assert primary.call("WAIT", 1, 5000) == 1
+        with behind(cluster, primary) as replica:
+            await replay.drop(first)
+            assert await replay.leftover_keys(first.run + 1) == []
+            await anyio.to_thread.run_sync(replace, cluster, primary, replica)
+        with anyio.fail_after(20):
+            assert await replay.leftover_keys(first.run + 1) != []
+            await replay.begin_run(keep=2)
+            assert await replay.leftover_keys(first.run + 1) == []

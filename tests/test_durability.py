@@ -16,7 +16,6 @@ import redis
 import aionpredis
 from aionpredis import Client
 from aionpredis.errors import NotReplicated, ServerError, UsageError, WriteFailed
-from aionpredis.replicas import Replicas
 
 from .cluster import Cluster, slot_of
 from .nodes import Node, wait
@@ -259,57 +258,6 @@ async def test_one_primary_with_a_replica_that_sentinels_watch(sentinels: Sentin
             sentinels.kill(sentinels.primary())
         with anyio.fail_after(30):
             assert await values(client, keys) == [0] * 100
-
-
-@pytest.mark.one_loop("servers are killed, which takes seconds")
-@pytest.mark.parametrize("replaced", ["meanwhile", "afterwards"])
-async def test_a_failover_brings_nothing_back_that_was_deleted(cluster: Cluster, replaced: str) -> None:
-    """The replica hears of it late. Without ``replicas`` its successor has the data again, and nobody knows of them."""
-    primary = cluster.primaries()[0]
-    (replica,) = cluster.replicas(primary)
-    async with aionpredis.connect(cluster.url) as client:
-        replay = replay_of(client, replicas=1)
-        first = await replay.begin_run()
-        async with replay.actor() as actor:
-            await actor.join()
-            await fill(actor, range(200))
-        await replay.begin_run(keep=2)
-        cluster.stop(replica)
-        with anyio.fail_after(40):
-            with anyio.move_on_after(0.5) as scope:
-                await replay.drop(first)
-            assert scope.cancelled_caught
-            async with anyio.create_task_group() as tasks:
-                if replaced == "meanwhile":
-                    tasks.start_soon(replay.drop, first)
-                    await anyio.sleep(0.3)
-                else:
-                    cluster.cont(replica)
-                    await replay.drop(first)
-                cluster.kill(primary)
-                cluster.cont(replica)
-                await anyio.to_thread.run_sync(
-                    partial(wait, lambda: replica.info()["role"] == "master", "it is replaced")
-                )
-                await anyio.to_thread.run_sync(cluster.restart, primary)
-        assert await replay.leftover_keys(before=first.run + 1) == []
-
-
-async def test_what_met_a_fault_on_its_way_is_done_again(cluster: Cluster) -> None:
-    """WAIT speaks of its own connection: what another one had sent, its server may have lost with it."""
-    attempts = 0
-    async with aionpredis.connect(cluster.url) as client, client.twin() as twin:
-
-        async def work() -> int:
-            nonlocal attempts
-            attempts += 1
-            await twin.set("k", np.array(attempts))
-            if attempts == 1:
-                cluster.owner(slot_of("k")).admin.client_kill_filter(_type="normal", skipme=True)
-            assert await twin.get("k") == attempts
-            return attempts
-
-        assert await Replicas(client, 1).have(twin, work) == 1 + 2
 
 
 async def test_number_of_replicas_that_is_none_is_refused(url: str) -> None:

@@ -395,3 +395,27 @@ async def test_entry_that_is_no_begin_is_said_to_be_so(url: str, stock: redis.Re
         with pytest.raises(ServerError, match="WRONGTYPE"):
             await replay_of(client).begin_run()
     assert Begin is Run
+
+
+@pytest.mark.parametrize("call", ["begin_run", "delete_runs_before", "drop", "delete"])
+async def test_data_that_came_back_with_another_server_are_deleted_again(
+    url: str, stock: redis.Redis, call: str
+) -> None:
+    async with aionpredis.connect(url) as client:
+        replay = replay_of(client)
+        first = await replay.begin_run()
+        await write(replay, range(20))
+        await replay.begin_run(keep=2)
+        values = {key: stock.get(key) for key in data_keys(stock)}
+        assert await replay.drop(first) == len(values) == 5
+        second = await write(replay, range(20))
+        third = await replay.begin_run(keep=3)
+        for key, value in values.items():
+            stock.set(key, value or b"")
+        await replay.delete_runs_before(first)
+        assert await replay.leftover_keys(second) == sorted(values)  # whom nobody lost a connection to has lost nothing
+        kill_connections(stock)
+        arguments = {"begin_run": (), "delete_runs_before": (second,), "drop": (second,), "delete": ()}
+        await getattr(replay, call)(*arguments[call])
+        assert await replay.leftover_keys(second) == []
+        assert third.run > second.run

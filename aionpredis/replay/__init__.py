@@ -12,7 +12,7 @@ import math
 import operator
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, nullcontext
+from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,6 +24,7 @@ from aionpredis.names import check_name
 from aionpredis.policy import Policy
 from aionpredis.replay import checkpoint, runs
 from aionpredis.replay.actor import Actor, ActorStats
+from aionpredis.replay.deleted import Deleted
 from aionpredis.replay.group import GroupSource
 from aionpredis.replay.lag import Progress
 from aionpredis.replay.lanes import VectorActor
@@ -85,8 +86,8 @@ class Replay:
     the same number for all actors and learners.
 
     ``replicas``: actors acknowledge a transition when so many replicas of each primary server have it, too (command ``WAIT``,
-    over connections of each actor's own): then a failover loses nothing of it. So does :meth:`restore`, and what deletes runs:
-    a failover brings nothing of them back. 0: when the primary has it.
+    over connections of each actor's own): then a failover loses nothing of it. So does :meth:`restore`. 0: when the primary has
+    it.
 
     ``empty``: makes the memory that batches are received into, ``empty(nbytes)`` as uint8, shape ``(nbytes,)``; for example
     pinned, for a GPU: :func:`aionpredis.frameworks.torch.pinned_empty`. It is used again once nobody refers to it.
@@ -131,6 +132,7 @@ class Replay:
         self._replicas = None if type(replicas) is int and replicas == 0 else Replicas(client, replicas)
         self._empty = empty
         self._beginning: runs.Beginning | None = None  # of the run that was begun here
+        self._deleted = Deleted(client)
 
     @property
     def name(self) -> str:
@@ -153,7 +155,6 @@ class Replay:
             ReplayGone: the replay was deleted meanwhile.
             ReplayError: the server may evict keys by itself.
             ServerFull: no memory is left for the log or the policy, and no run to delete.
-            NotReplicated: fewer replicas than the replay wants have deleted the old runs.
         """
         if keep < 1:
             raise UsageError(f"keep is at least 1, the run that is begun; not {keep}")
@@ -174,9 +175,8 @@ class Replay:
                 )
                 break
             except ServerFull:  # for SET and XADD; UNLINK is not refused
-                async with self._sender() as sender:
-                    if not await runs.delete_oldest(sender, self._names, replicas=self._replicas):
-                        raise
+                if not await runs.delete_oldest(self._client, self._names, memory=self._deleted):
+                    raise
         self._beginning = runs.Beginning(self._client, self._names, run)
         await self.delete_runs_before(run.run - keep + 1)
         return run
@@ -192,36 +192,33 @@ class Replay:
     async def delete_runs_before(self, run: int | Run) -> int:
         """Delete the data of all runs before this one; how many chunks were deleted. Finishes what a crash interrupted.
 
-        Raises:
-            NotReplicated: fewer replicas than the replay wants have deleted them.
+        As all that deletes runs, it deletes again what a failover has brought back of what this object deleted before.
         """
-        async with self._sender() as sender:
-            return await runs.delete_below(sender, self._names, _number(run), replicas=self._replicas)
+        deleted = await runs.delete_below(self._client, self._names, _number(run), memory=self._deleted)
+        await self._deleted.again()
+        return deleted
 
     async def drop(self, run: int | Run) -> int:
         """Delete one run, which is not the newest; how many chunks were deleted. After a crash, call it again.
 
         Raises:
             UsageError: it is the newest run: actors may be appending to it.
-            NotReplicated: fewer replicas than the replay wants have deleted it.
         """
         latest = await self.latest_run()
         if latest is not None and _number(run) >= latest.run:
             raise UsageError(f"run {_number(run)} is the newest: begin another one before dropping it, or delete() all")
-        async with self._sender() as sender:
-            return await runs.drop(sender, self._names, _number(run), replicas=self._replicas)
+        deleted = await runs.drop(self._client, self._names, _number(run), memory=self._deleted)
+        await self._deleted.again()
+        return deleted
 
     async def delete(self) -> None:
         """Delete the replay: the data of all runs, the policy, and the log at last. After a crash, call it again.
 
         From its first step on the server refuses every commit. Actors get :class:`ReplayGone` or :class:`RunEnded`; one
         that calls ``join()`` then waits until a trainer begins a replay of this name anew.
-
-        Raises:
-            NotReplicated: fewer replicas than the replay wants have deleted the data of its runs.
         """
-        async with self._sender() as sender:
-            await runs.delete(sender, self._names, replicas=self._replicas)
+        await runs.delete(self._client, self._names, memory=self._deleted)
+        await self._deleted.again()
 
     async def leftover_keys(self, before: int | Run) -> list[bytes]:
         """Data keys of runs before this one that are still there. Of deleted runs there is none after one lease.
@@ -522,18 +519,16 @@ class Replay:
             RunConflict, ReplayError: as for :meth:`begin_run`.
         """
         saved = await checkpoint.look_through(Path(folder), self.name, self.schema)
-        async with self._sender() as sender:
+        async with AsyncExitStack() as stack:
+            sender = self._client
             if self._replicas is not None:
+                sender = await stack.enter_async_context(sender.twin())
                 await self._replicas.check(sender.topology.shards)
             run = await self.begin_run(saved.weights, keep=keep)
             await saved.write(
                 sender, self._names, run.run, lease=self._lease, replicas=self._replicas, progress=progress
             )
         return run
-
-    def _sender(self) -> AbstractAsyncContextManager[Client]:
-        """A client whose writes replicas can be waited for."""
-        return nullcontext(self._client) if self._replicas is None else self._client.twin()
 
 
 def _position(after: Iterable[int] | None, run: int) -> Position | None:

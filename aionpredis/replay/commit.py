@@ -30,6 +30,7 @@ from aionpredis.errors import (
     ServerError,
     ServerFull,
     ServerUnavailable,
+    UsageError,
 )
 from aionpredis.replay import runs
 from aionpredis.replay.chunk import ChunkBuffer
@@ -209,6 +210,7 @@ class Committer:
         self._tasks: TaskGroup | None = None
         self._closed = anyio.Event()
         self._progress = anyio.Event()
+        self._cancelled = False
 
     @property
     def over(self) -> bool:
@@ -265,7 +267,14 @@ class Committer:
         return goes_on
 
     async def progress(self) -> None:
-        """Wait until at least one chunk was settled."""
+        """Wait until at least one chunk was settled.
+
+        Raises:
+            UsageError: none will be, :meth:`work` was cancelled.
+        """
+        if self._cancelled:
+            await anyio.lowlevel.checkpoint()  # whoever was cancelled with it hears of that
+            raise UsageError("the actor was cancelled: what it had not acknowledged is given up")
         if self._progress.is_set():
             self._progress = anyio.Event()
         await self._progress.wait()
@@ -278,7 +287,10 @@ class Committer:
                     self._tasks.start_soon(self._drive, lane)
                 await self._closed.wait()  # until then another shard may come
         finally:
-            self._tasks = None  # cancelled, with the actor's task, which may hear of it only after one more commit
+            self._tasks = None
+            if not self._closed.is_set():  # cancelled, with the actor's task, which may hear of it only later
+                self._cancelled = True
+                self._progress.set()
 
     async def _drive(self, lane: _Lane) -> None:
         """Send what goes to one shard, and take the replies."""
@@ -332,9 +344,9 @@ class Committer:
                     lane.full.succeeded()
                 if self._evict is not None:
                     # To the end, though the actor is left: an entry without data would be taken for a loss.
+                    evict, self._evict = self._evict, None
                     with anyio.move_on_after(EVICT_SECONDS, shield=True):
-                        await runs.evict(self._client, self._names, *self._evict, replicas=self._replicas)
-                    self._evict = None
+                        await runs.evict(self._client, self._names, *evict)
             except ServerFull as error:  # until there is room: meanwhile append() waits
                 lane.refusal = error
                 await anyio.sleep(lane.full.after(error))

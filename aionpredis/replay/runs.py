@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
-from functools import partial
 from typing import TYPE_CHECKING
 
 from aionpredis import info, streams
@@ -19,7 +18,7 @@ from aionpredis.replay.log import FIELD, Begin, Names, parse_begin, unpack
 
 if TYPE_CHECKING:
     from aionpredis.client import Client
-    from aionpredis.replicas import Replicas
+    from aionpredis.replay.deleted import Deleted
     from aionpredis.retry import Retry
     from aionpredis.wire.connection import Connection
 
@@ -179,18 +178,17 @@ async def delete_below(
     names: Names,
     run: int,
     *,
-    replicas: Replicas | None = None,
+    memory: Deleted | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> int:
     """Delete the data and the log entries of all runs before ``run``; how many chunks were deleted.
 
-    The data first, page by page, then the entries that name it: after a crash, whoever calls next finishes. ``progress``:
-    is told of each page how many chunks were deleted. ``replicas``: who has to have deleted the data, too, before it is named
-    no longer; the client is a twin then. A failover would bring them back, and nobody would know of them.
+    The data first, page by page, then the entries that name it: after a crash, whoever calls next finishes. ``memory``: of
+    what was deleted; ``progress``: is told of each page how many chunks were deleted.
     """
     deleted = 0
     while entries := await streams.page(client, names.log, "-", f"({run}-0", UNLINK_KEYS):
-        count = await _unlink(client, names, entries, replicas)
+        count = await _unlink(client, names, entries, memory)
         deleted += count
         if progress is not None:
             progress(count)
@@ -203,41 +201,40 @@ async def delete(
     client: Client,
     names: Names,
     *,
-    replicas: Replicas | None = None,
+    memory: Deleted | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> None:
     """What :meth:`aionpredis.Replay.delete` does; ``progress``: is told how many keys more were deleted."""
     progress = progress or (lambda count: None)
     await close(client, names)
-    await delete_below(client, names, CLOSED, replicas=replicas, progress=progress)
+    await delete_below(client, names, CLOSED, memory=memory, progress=progress)
     progress(await Policy(client, names.name).delete())
     progress(await client.count_keys("UNLINK", [names.log, names.read, names.actors], repeatable=True))
 
 
-async def drop(client: Client, names: Names, run: int, *, replicas: Replicas | None = None) -> int:
+async def drop(client: Client, names: Names, run: int, *, memory: Deleted | None = None) -> int:
     """Delete one run: its data, then the entries that name it, then the one that begins it; how many chunks."""
-    deleted = await evict(client, names, run, streams.RIGHT_MAX, replicas=replicas)
+    deleted = await evict(client, names, run, streams.RIGHT_MAX, memory=memory)
     await client.call("XDEL", names.log, f"{run}-0", repeatable=True)
     return deleted
 
 
-async def delete_oldest(client: Client, names: Names, *, replicas: Replicas | None = None) -> int:
+async def delete_oldest(client: Client, names: Names, *, memory: Deleted | None = None) -> int:
     """Delete the data of the oldest run that has any, even of the present one; how many chunks were deleted."""
     last = await streams.last_generated(client, names.log)
     while last is not None and (first := await streams.page(client, names.log, "-", "+", 1)):
         ((run, _), _) = first[0]
         if run == last[0]:
             break
-        deleted = await delete_below(client, names, run + 1, replicas=replicas)
+        deleted = await delete_below(client, names, run + 1, memory=memory)
         if deleted:
             return deleted
     if last is None or not last[1]:
         return 0
-    # The entry that begins the run stays, and what its actors add meanwhile.
-    return await evict(client, names, *last, replicas=replicas)
+    return await evict(client, names, *last)  # the entry that begins the run stays, and what its actors add meanwhile
 
 
-async def evict(client: Client, names: Names, run: int, entry: int, *, replicas: Replicas | None = None) -> int:
+async def evict(client: Client, names: Names, run: int, entry: int, *, memory: Deleted | None = None) -> int:
     """Delete the data of the run's chunks that were committed up to this entry, then the entries; how many chunks.
 
     All of them, not only one for each that was added, so that nothing stays when somebody died while evicting. By
@@ -245,20 +242,21 @@ async def evict(client: Client, names: Names, run: int, entry: int, *, replicas:
     """
     deleted = 0
     while entries := await streams.page(client, names.log, f"{run}-1", f"{run}-{entry}", UNLINK_KEYS):
-        deleted += await _unlink(client, names, entries, replicas)
+        deleted += await _unlink(client, names, entries, memory)
         await client.call("XDEL", names.log, *(f"{left}-{right}" for (left, right), _ in entries), repeatable=True)
     return deleted
 
 
-async def _unlink(client: Client, names: Names, entries: list[streams.Entry], replicas: Replicas | None) -> int:
+async def _unlink(client: Client, names: Names, entries: list[streams.Entry], memory: Deleted | None) -> int:
     keys = []
     for (left, _), fields in entries:
         try:
             keys.append(names.data(left, unpack(fields[FIELD])))
         except (KeyError, CorruptValue):  # it begins a run, or is somebody else's: it names no data
             pass
-    unlink = partial(client.count_keys, "UNLINK", keys, repeatable=True)
-    return await (unlink() if replicas is None else replicas.have(client, unlink))
+    if memory is not None:
+        return await memory.unlink(keys)
+    return await client.count_keys("UNLINK", keys, repeatable=True)
 
 
 async def leftover_keys(client: Client, names: Names, *, below: int) -> list[bytes]:

@@ -101,7 +101,7 @@ def main() -> None:
         else:
             fleet, chaos, url = one_server(folder, rng, stack)
         portal = stack.enter_context(anyio.from_thread.start_blocking_portal())
-        trainer = portal.start_task_soon(train, url, folder, verdicts, int(isinstance(chaos, Storm)))
+        trainer = portal.start_task_soon(train, url, folder, verdicts)
         stack.callback(trainer.cancel)
         fleet.begun()
         sampled = time.monotonic()

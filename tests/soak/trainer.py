@@ -20,13 +20,10 @@ PATIENCE = 120.0
 """Seconds in which what has been disturbed must have caught up."""
 
 
-async def train(url: str, folder: Path, verdicts: list[Verdict], replicas: int) -> None:
-    """Begin runs; when the learners have come to the end of one, hold what they read against what was acknowledged.
-
-    ``replicas``: who has to have deleted, too, what is deleted.
-    """
+async def train(url: str, folder: Path, verdicts: list[Verdict]) -> None:
+    """Begin runs; when the learners have come to the end of one, hold what they read against what was acknowledged."""
     async with aionpredis.connect(url) as client:
-        replay = make_replay(client, replicas=replicas)
+        replay = make_replay(client)
         with Ledger(folder / "runs") as runs:
             previous: int | None = None
             while True:
