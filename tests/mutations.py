@@ -515,7 +515,7 @@ MUTATIONS = [
     ),
     Mutation(
         "wire: silence is waited for without end",
-        [(CONNECTION, "            if silence >= self._timeout:", "            if False:")],
+        [(CONNECTION, "            if self._silence >= self._timeout:", "            if False:")],
         CONNECTION_TESTS,
     ),
     Mutation(

@@ -314,6 +314,23 @@ async def test_silence_is_noticed_after_timeout_and_not_before() -> None:
             connection.submit(encode("PING"), Reply())
 
 
+async def test_silence_is_noticed_though_everybody_who_waits_is_cancelled_earlier() -> None:
+    async with peer(timeout=0.2) as connection:
+        asked: list[float] = []
+
+        async def ask() -> None:
+            asked.append(time.monotonic())
+
+        connection.patience, connection.on_silence = 0.1, ask
+        started = time.monotonic()
+        with anyio.fail_after(5), pytest.raises(Stalled, match=r"0\.2 s"):
+            while True:
+                with anyio.move_on_after(0.04):
+                    await connection.wait(connection.submit(encode("PING"), Reply()))
+        assert 0.19 < time.monotonic() - started < 1
+        assert len(asked) == 1
+
+
 async def test_slow_progress_is_no_silence(proxy: Proxy) -> None:
     array = np.arange(20_000, dtype=np.uint16)
     async with aionpredis.connect(proxy.url, timeout=0.25) as client:

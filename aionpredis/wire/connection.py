@@ -87,6 +87,10 @@ class Connection:
         self._outbox: deque[_Outgoing] = deque()
         self._driving = False
         self._parked = False
+        self._silence = 0.0
+        """Seconds that were waited in vain, by one task or several, since a byte moved."""
+        self._asked = 0.0
+        """At how many of them :attr:`on_silence` was called."""
         self._waiting: deque[Reply] = deque()
 
     def submit(self, buffers: Sequence[Buffer], reply: Reply, *, send: bool = True) -> Reply:
@@ -168,7 +172,6 @@ class Connection:
 
     async def _drive(self, reply: Reply, eager: bool) -> None:
         patience = PATIENCE
-        silence = 0.0
         while True:
             sent = self._send()
             # Before looking, not after: others queue their requests now, and no turn moves more than ~1 MB each way.
@@ -186,20 +189,26 @@ class Connection:
             patience = PATIENCE
             write = self._sock.waits_for_write(bool(self._outbox))
             self._parked = not write
-            timeout = min(self.patience, self._timeout - silence)
+            limit = min(self._asked + self.patience, self._timeout)
+            began = time.monotonic()
             try:
-                ready = await self._ready.wait(write=write, timeout=timeout)
+                ready = await self._ready.wait(write=write, timeout=max(0.0, limit - self._silence))
+            except BaseException:
+                # Whoever waits next goes on counting: calls that are all cancelled earlier would never notice.
+                self._silence += time.monotonic() - began
+                raise
             finally:
                 self._parked = False
             # Looking again: the loop may have been busy elsewhere all the time, and come to the timer first.
             if ready or self._receive() or self._send():
-                silence = 0.0
+                self._silence = self._asked = 0.0
                 continue
-            silence += timeout
-            if silence >= self._timeout:
+            self._silence = max(self._silence, limit)
+            if self._silence >= self._timeout:
                 self.abort(Stalled(f"no byte moved for {self._timeout} s while a reply was outstanding"))
                 return
             if self.on_silence is not None:
+                self._asked = self._silence
                 await self.on_silence()
 
     def _spin(self) -> None:
@@ -281,6 +290,7 @@ class Connection:
             if count == 0:
                 raise ConnectionLost("the server closed the connection")
             self._counters.bytes_received += count
+            self._silence = self._asked = 0.0
             done = self._parser.advance(count)
         except Exception as error:  # whatever it was, the parser is in the middle of a reply now
             self.abort(error if isinstance(error, ConnectionLost) else ConnectionLost(f"receiving failed: {error!r}"))
