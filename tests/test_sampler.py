@@ -449,6 +449,20 @@ async def test_transitions_whose_followers_are_gone_are_not_drawn_again_and_agai
         assert batch["uid"].min() >= 100
 
 
+async def test_a_chunk_in_which_an_episode_ends_goes_on_being_drawn_when_its_neighbour_is_lost(
+    url: str, stock: redis.Redis
+) -> None:
+    async with aionpredis.connect(url) as client:
+        replay = await filled(client, 16)  # transition 9 ends an episode
+        sampler = await replay.sampler(batch=8, length=3, seed=1)
+        stock.delete(sorted(data_keys(stock))[1])
+        with anyio.fail_after(10):
+            drawn = {uid for _ in range(20) for uid in (await sampler.sample())["uid"].ravel().tolist()}
+        assert drawn == {0, 1, 2, 3, 10, 11, 12, 13, 14, 15}
+        stats = client.stats()
+        assert (sampler.stats.lost, stats.lost, stats.evicted) == (4, 1, 0)
+
+
 async def test_files_of_single_transitions_that_are_not_as_expected(url: str, stock: redis.Redis) -> None:
     """Gone, or written by other software (another header, compressed) among others that are as always."""
     async with aionpredis.connect(url) as client:
