@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Awaitable
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
 import anyio
@@ -433,6 +433,18 @@ async def test_actor_whose_tasks_are_cancelled_before_its_owner_hears_of_it_is_l
                 with anyio.CancelScope(shield=True):
                     await anyio.sleep(0.01)
         assert scope.cancelled_caught
+
+
+async def test_actor_whose_client_was_closed_says_so_and_ends(url: str) -> None:
+    async with aionpredis.connect(url) as client:
+        await replay_of(client).begin_run()
+    with anyio.fail_after(5), pytest.raises(UsageError, match="not open"):
+        async with AsyncExitStack() as stack:
+            client = await stack.enter_async_context(aionpredis.connect(url))
+            async with replay_of(client).actor() as actor:
+                await actor.join()
+                await fill(actor, range(2))  # no chunk is full
+                await stack.aclose()
 
 
 async def test_flush_of_a_cancelled_actor_is_an_error_and_no_hang(url: str) -> None:

@@ -241,9 +241,9 @@ class Committer:
     def commit(self, buffer: ChunkBuffer, run: int, chunk: ChunkId) -> None:
         """Send a chunk, and with it what waits to be sent of others. Its buffer is borrowed until it is settled."""
         commit = _Commit(buffer, run, self._names.data(run, chunk), chunk)
+        lane = self._queue(commit, _Step.SET)  # first: the client may be closed
         self._counters.inflight_bytes += commit.size
         self._pending += 1
-        lane = self._queue(commit, _Step.SET)
         # Of one server the replies come in order anyway; and what has to wait for a fault to pass holds up no other chunk.
         if self._only is None and not lane.pauses:
             commit.turn = _Turn.AWAITED
