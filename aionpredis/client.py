@@ -113,7 +113,7 @@ class Client:
         }
         self._max_value_bytes = max_value_bytes
         self._read_replicas = read_replicas
-        source = source if source is not None else os.environ.get("REDIS_URL")
+        source = source if source is not None else os.environ.get("REDIS_URL") or None  # an empty one is none
         # An URL's mistakes show at once, not when it is first used.
         self._dialer = None if source is None else open_source(source, **self._settings)
         self._embedded: Server | None = None

@@ -81,6 +81,12 @@ _KEY_FIRST = {
 _KEY_SECOND = {"MEMORY", "OBJECT", "XGROUP", "XINFO"}
 """Commands with a subcommand, behind which stands a key."""
 
+_CONTAINERS = {
+    *_KEY_SECOND,
+    *("ACL", "CLIENT", "CLUSTER", "COMMAND", "CONFIG", "FUNCTION", "LATENCY", "MODULE", "PUBSUB", "SCRIPT", "SLOWLOG"),
+}
+"""Commands with subcommands, each of which is a right of its own."""
+
 _KEYLESS = {"CLUSTER", "COMMAND", "CONFIG", "DBSIZE", "FLUSHALL", "FLUSHDB", "INFO", "PING", "SCAN", "TIME"}
 
 
@@ -105,7 +111,7 @@ def refused(error: ServerError, arguments: Sequence[Any]) -> ServerError:
     No other argument: it may be a secret.
     """
     name = _word(arguments[0])
-    command = f"{name} {_word(arguments[1])}" if name in _KEY_SECOND and len(arguments) > 2 else name
+    command = f"{name} {_word(arguments[1])}" if name in _CONTAINERS and len(arguments) > 1 else name
     return error.about(command, key_of(arguments) or None)
 
 

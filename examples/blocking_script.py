@@ -33,7 +33,7 @@ def main() -> None:
 
         replay = client.replay("example-blocking", SCHEMA)
         run = replay.begin_run()
-        url = os.environ.get("REDIS_URL", client.url)
+        url = os.environ.get("REDIS_URL") or client.url
         processes = multiprocessing.get_context("spawn")  # "fork" works as well
         simulators = [processes.Process(target=simulate, args=(url, seed)) for seed in range(2)]
         for simulator in simulators:

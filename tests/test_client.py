@@ -455,6 +455,14 @@ async def test_password_and_user_are_checked_and_never_shown(kind: str) -> None:
                 assert refused.value.code == "NOPERM"
             with pytest.raises(ServerError, match="'other'"):
                 await client.get("other")
+            for command, rule in {
+                ("ACL", "WHOAMI"): r"\+acl\|whoami",
+                ("CONFIG", "GET", "maxmemory"): r"\+config\|get",
+            }.items():
+                with pytest.raises(
+                    ServerError, match=rf"the user's ACL needs {rule} "
+                ):  # and not those of SETUSER and SET
+                    await client.execute(*command)
 
 
 async def test_url_may_ask_for_another_protocol_in_vain(url: str) -> None:
@@ -718,8 +726,11 @@ async def test_client_finds_the_server_by_the_environment(url: str, monkeypatch:
         assert client.url == url
 
 
-async def test_client_without_url_brings_a_server(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("variable", [None, ""])
+async def test_client_without_url_brings_a_server(monkeypatch: pytest.MonkeyPatch, variable: str | None) -> None:
     monkeypatch.delenv("REDIS_URL", raising=False)
+    if variable is not None:
+        monkeypatch.setenv("REDIS_URL", variable)
     client = aionpredis.connect()
     for _ in range(2):
         async with client:
