@@ -36,6 +36,7 @@ RELEASE_TESTS = ["tests/test_release.py", *ONE_LOOP]
 CLUSTER_TESTS = ["tests/test_discovery.py", *ONE_LOOP]
 SENTINEL_TESTS = ["tests/test_service.py", *ONE_LOOP]
 RECONNECT_TESTS = ["tests/test_reconnect.py", "-k", "missing or same_number", *ONE_LOOP[2:]]
+RUN_TESTS = ["tests/test_runs.py", *ONE_LOOP]
 ENTRIES_TESTS = ["tests/test_entries.py", *ONE_LOOP]
 CLUSTER_REPLAY_TESTS = ["tests/test_cluster_replay.py", "-k", "valkey", "-n", "2"]
 TIMEOUT = 240
@@ -321,6 +322,11 @@ MUTATIONS = [
             )
         ],
         CLUSTER_REPLAY_TESTS,
+    ),
+    Mutation(
+        "what a failover has brought back stays",
+        [("replay/deleted.py", "if changes == self._changes:", "if True:")],
+        RUN_TESTS,
     ),
     # --- cancellation ---
     Mutation(
