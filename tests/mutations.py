@@ -120,7 +120,7 @@ MUTATIONS = [
         [
             (
                 RUNS,
-                "        count = await _unlink(client, names, entries)\n",
+                "        count = await _unlink(client, names, entries, memory)\n",
                 "        count = 0\n",
             ),
             (
@@ -128,7 +128,7 @@ MUTATIONS = [
                 '"XTRIM", names.log, "MINID", f"{left}-{right + 1}", repeatable=True)\n',
                 (
                     '"XTRIM", names.log, "MINID", f"{left}-{right + 1}", repeatable=True)\n'
-                    "        deleted += await _unlink(client, names, entries)\n"
+                    "        deleted += await _unlink(client, names, entries, memory)\n"
                 ),
             ),
         ],
@@ -138,7 +138,7 @@ MUTATIONS = [
         [
             (
                 RUNS,
-                "        deleted += await _unlink(client, names, entries)\n        await client.call(",
+                "        deleted += await _unlink(client, names, entries, memory)\n        await client.call(",
                 "        await client.call(",
             ),
             (
@@ -146,7 +146,7 @@ MUTATIONS = [
                 "for (left, right), _ in entries), repeatable=True)\n",
                 (
                     "for (left, right), _ in entries), repeatable=True)\n"
-                    "        deleted += await _unlink(client, names, entries)\n"
+                    "        deleted += await _unlink(client, names, entries, memory)\n"
                 ),
             ),
         ],
@@ -294,7 +294,13 @@ MUTATIONS = [
     ),
     Mutation(
         "another chunk's entry is taken for that of one that a failover took",
-        [(LOG, "return not any(fields.get(FIELD) == packed for _, fields in present)", "return not present")],
+        [
+            (
+                LOG,
+                'return not any(fields.get(FIELD, b"")[: _ENTRY.size] == origin for _, fields in present)',
+                "return not present",
+            )
+        ],
         RECONNECT_TESTS,
     ),
     # --- clusters ---
