@@ -34,7 +34,8 @@ from aionpredis import (
     UsageError,
     streams,
 )
-from aionpredis.replay.selection import Selection
+from aionpredis.replay.index import Ids, Index
+from aionpredis.replay.selection import Eligible, Selection
 
 from .replays import data_keys
 
@@ -236,6 +237,59 @@ async def test_without_replacement_every_pass_has_each_transition_once(url: str)
         assert [sorted(order) for order in orders] == [list(range(40))] * 2
         assert orders[0] != orders[1]
         assert selection.passes == 2
+
+
+class Cancelling(Shuffled):
+    """Cancels the sample that it has drawn for."""
+
+    scope: anyio.CancelScope | None = None
+
+    def draw(self, count: int, index: Index, eligible: Eligible, rng: np.random.Generator) -> Ids:
+        drawn = super().draw(count, index, eligible, rng)
+        if self.scope is not None:
+            self.scope.cancel()
+        return drawn
+
+
+@pytest.mark.parametrize("options", [{}, {"length": 2}, {"n_step": NStep(1)}], ids=["plain", "slices", "n-step"])
+async def test_what_was_drawn_for_a_cancelled_sample_is_in_the_next_one_once(url: str, options: dict[str, Any]) -> None:
+    """Also when the sample went from one order on to the next."""
+    async with aionpredis.connect(url) as client:
+        replay = await filled(client, 40, schema=SCHEMA)
+        selection = Cancelling()
+        sampler = await replay.sampler(batch=7, selection=selection, seed=6, **options)
+        undisturbed = await replay.sampler(batch=7, selection=Shuffled(), seed=6, **options)
+        for _ in range(20):
+            with anyio.CancelScope() as selection.scope:
+                await sampler.sample()
+            assert selection.scope.cancelled_caught
+            selection.scope = None
+            batch = await sampler.sample()
+            check(batch, SCHEMA)
+            assert np.array_equal(batch.ids, (await undisturbed.sample()).ids)
+        assert sampler.stats.sampled == 140
+
+
+async def test_what_was_drawn_for_a_failed_sample_comes_as_far_as_it_is_still_there(
+    url: str, stock: redis.Redis
+) -> None:
+    async with aionpredis.connect(url) as client:
+        replay = await filled(client, 40, schema=SCHEMA)
+        selection = Shuffled()
+        sampler = await replay.sampler(batch=8, selection=selection, seed=6)
+        keys = {int(key.split(b":")[-1]): key for key in data_keys(stock)}
+        value: Any = stock.get(keys[0])
+        stock.set(keys[0], b"something else")
+        seen: list[int] = []
+        with pytest.raises(NotAnArray):
+            while True:
+                seen += check(await sampler.sample(), SCHEMA).tolist()
+        stock.set(keys[0], value)
+        stock.delete(keys[1])
+        while selection.passes == 1:
+            seen += check(await sampler.sample(), SCHEMA).tolist()
+        left = set(range(40)) - (set(range(4, 8)) - set(seen))
+        assert sorted(seen[: len(left)]) == sorted(left)
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from aionpredis.replay.index import Ids, Index
 from aionpredis.replay.lag import Progress
 from aionpredis.replay.log import ChunkId, LogReader, Names, look_again
 from aionpredis.replay.schema import Schema
-from aionpredis.replay.selection import Prioritized, Selection, Uniform
+from aionpredis.replay.selection import Prioritized, Selection, Shuffled, Uniform
 
 if TYPE_CHECKING:
     from aionpredis.client import Client
@@ -119,6 +119,7 @@ class Sampler:
         self._rng = np.random.default_rng(seed)
         self._index = Index()
         self._found: list[ChunkId] = []  # by a reading of the log that was cancelled between its pages
+        self._drawn: list[Ids] = []  # and not handed out yet
         self._times: dict[int, int] = {}
         self._fetcher = Fetcher(client, names, schema, log.run, self._index)
         self._empty = empty
@@ -171,6 +172,7 @@ class Sampler:
         await self._report(now=False)
         await self._wait_for_limits()
         out = self._allocate()
+        self._put_back(self._drawn)  # by a sample that was cancelled or failed
         ids = np.zeros(self._batch, np.int64)
         weights = np.ones(self._batch, np.float32)
         open_rows = np.arange(self._batch)  # rows that have to be drawn (again)
@@ -182,6 +184,8 @@ class Sampler:
             open_rows = open_rows[~found]
             lost = ids[open_rows]
             await self._lose(lost[~self._index.is_barred(lost)])
+            self._put_back([lost])  # it may have been there when it was looked for again
+        self._drawn = []
         self._count(ids)
         batch = Sample(out)
         batch.ids, batch.weights = ids, weights
@@ -294,18 +298,24 @@ class Sampler:
 
     async def _draw(self, count: int, beside: Ids) -> Ids:
         """``count`` transitions; waits if there are not enough. ``beside``: what the batch has already."""
-        drawn: list[Ids] = []
+        self._drawn = [beside]
         missing = count
         while missing:
-            taken = np.concatenate([beside, *drawn])
+            taken = np.concatenate(self._drawn)
             ids = self._selection.draw(missing, self._index, partial(self._eligible, taken), self._rng)
             ids = self._within_times(ids, taken)
             if not len(ids):
                 await self._wait_for_more()
-                drawn = [one[self._index.is_present(one)] for one in drawn]  # the capacity may have moved on meanwhile
-            drawn.append(ids)
-            missing = count - sum(map(len, drawn))
-        return np.concatenate(drawn)
+                # The capacity may have moved on meanwhile.
+                self._drawn[1:] = [one[self._index.is_present(one)] for one in self._drawn[1:]]
+            self._drawn.append(ids)
+            missing = count - sum(map(len, self._drawn[1:]))
+        return np.concatenate(self._drawn[1:])
+
+    def _put_back(self, drawn: list[Ids]) -> None:
+        """What is not handed out, for the one selection that draws nothing twice. What is gone it passes over."""
+        if isinstance(self._selection, Shuffled) and any(map(len, drawn)):
+            self._selection.put_back(np.concatenate(drawn))
 
     def _eligible(self, taken: Ids, ids: Ids) -> NDArray[np.bool_]:
         eligible = self._index.is_present(ids)

@@ -32,7 +32,10 @@ class Selection(Protocol):
         """These are not present any more."""
 
     def draw(self, count: int, index: Index, eligible: Eligible, rng: np.random.Generator) -> Ids:
-        """Up to ``count`` eligible transitions; fewer, at least one, if it is more convenient; none if there are none."""
+        """Up to ``count`` eligible transitions; fewer, at least one, if it is more convenient; none if there are none.
+
+        A ``sample()`` that is cancelled or fails hands out none of what it drew.
+        """
 
 
 class _Stateless:
@@ -98,6 +101,10 @@ class Shuffled(_Stateless):
     def __init__(self) -> None:
         self.passes = 0
         self._left = np.zeros(0, np.int64)
+
+    def put_back(self, ids: Ids) -> None:
+        """These were drawn and not handed out: they are next."""
+        self._left = np.concatenate([ids, self._left])
 
     def draw(self, count: int, index: Index, eligible: Eligible, rng: np.random.Generator) -> Ids:
         for begin in (False, True):
