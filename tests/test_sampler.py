@@ -457,6 +457,29 @@ async def test_n_step_targets_are_those_of_a_plain_loop(url: str, schema: Schema
         assert max(seen) == 129  # the last one terminated; those before it need nothing behind it
 
 
+async def test_n_step_takes_no_stored_column_away(url: str) -> None:
+    async with aionpredis.connect(url) as client:
+        schema = Schema(state="int64", reward="float32", team=("float32", (2,)), discount="float32", next_state="int64")
+        replay = client.replay("r", schema, chunk=1)
+        await replay.begin_run()
+        async with replay.actor() as actor:
+            await actor.join()
+            for number in range(8):
+                team = np.ones(2, np.float32)
+                await actor.append(state=number, reward=1.0, team=team, discount=0.25, next_state=-1)
+        with pytest.raises(UsageError, match=r"'discount'.*columns="):
+            await replay.sampler(n_step=NStep(1))
+        with pytest.raises(UsageError, match=r"'next_state'.*columns="):
+            await replay.sampler(n_step=NStep(1), columns=["state", "next_state"])
+        with pytest.raises(UsageError, match=r"'team'.*\(2,\)"):
+            await replay.sampler(n_step=NStep(1, reward="team"), columns=["state"])
+        batch = await (await replay.sampler(batch=4, n_step=NStep(1, 0.5), columns=["state", "reward"])).sample()
+        assert (batch["discount"] == 0.5).all()
+        assert np.array_equal(batch["next_state"], batch["state"] + 1)
+        batch = await (await replay.sampler(batch=4)).sample()
+        assert (batch["discount"] == 0.25).all()
+
+
 async def test_n_step_and_slices_together(url: str) -> None:
     async with aionpredis.connect(url) as client:
         replay = await filled(client, 60)

@@ -38,6 +38,8 @@ class NStep:
     float32: what the value of the state behind them is to be multiplied with, 0 where the episode terminated.
     ``next_<column>`` for each of ``columns``: that state. Where an episode was truncated the state behind it is not known,
     so the last one that is takes its place, and its reward is left out; the truncated transition itself is never drawn.
+
+    Stored columns of these names have to be left out, by ``columns=`` of the sampler.
     """
 
     steps: int = 1
@@ -127,9 +129,7 @@ class Sampler:
         self._looked = -math.inf
         self._stats = SampleStats()
         if n_step is not None:
-            for name in (n_step.reward, *n_step.columns):
-                if name not in schema:
-                    raise UsageError(f"n_step= wants column {name!r}; there are {', '.join(schema)}")
+            _check_n_step(n_step, schema, self._columns)
 
     @property
     def stats(self) -> SampleStats:
@@ -436,6 +436,18 @@ def _columns(schema: Schema, columns: Sequence[str] | None) -> tuple[str, ...]:
     if not chosen:
         raise UsageError("columns= names no column")
     return chosen
+
+
+def _check_n_step(n_step: NStep, schema: Schema, columns: Sequence[str]) -> None:
+    for name in (n_step.reward, *n_step.columns):
+        if name not in schema:
+            raise UsageError(f"n_step= wants column {name!r}; there are {', '.join(schema)}")
+    shape = schema[n_step.reward][1]
+    if shape:
+        raise UsageError(f"n_step= wants rewards that are scalars, and column {n_step.reward!r} has shape {shape}")
+    for name in ("discount", *(f"next_{name}" for name in n_step.columns)):  # "return" is no column's name: a keyword
+        if name in columns:
+            raise UsageError(f"n_step= adds {name!r}, and there is such a column: leave that out by columns=")
 
 
 def _counts(ids: Ids) -> dict[int, int]:
