@@ -14,6 +14,7 @@ import redis
 import aionpredis
 from aionpredis import Actor, Client, Replay, RunEnded, UsageError
 from aionpredis.replay.commit import MAX_SURPLUS
+from aionpredis.replay.reader import LOOK_AGAIN
 
 from .replays import SCHEMA, data_keys, fill, log_entries, named_keys, replay_of, uids
 
@@ -75,6 +76,21 @@ async def test_a_sampler_draws_only_what_the_capacity_keeps(url: str, stock: red
                 assert drawn.min() >= start + 100 - 160
                 assert len(sampler) <= 160
         assert sampler.stats.lost == 0
+
+
+async def test_drawn_chunks_are_only_what_the_capacity_keeps(url: str) -> None:
+    async with aionpredis.connect(url) as client:
+        replay = limited(client, capacity=160)
+        await replay.begin_run()
+        batches = await replay.draw_chunks(batch=4 * LOOK_AGAIN)
+        async with replay.actor() as actor:
+            await actor.join()
+            for start in range(0, 2000, 100):
+                await fill(actor, range(start, start + 100))
+                await actor.flush()
+                drawn = (await anext(batches))["uid"]
+                assert set(drawn.tolist()) == set(range(max(0, start + 100 - 160), start + 100))
+        assert (batches.stats.evicted, batches.stats.missing) == (0, 0)
 
 
 async def test_readers_count_what_was_evicted_before_they_came_to_it(url: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections import Counter
-from typing import Any
+from typing import Any, ClassVar
 
 import anyio
 import numpy as np
@@ -35,6 +35,8 @@ from aionpredis import (
     streams,
 )
 from aionpredis.replay.index import Ids, Index
+from aionpredis.replay.log import ChunkId
+from aionpredis.replay.reader import DrawSource
 from aionpredis.replay.selection import Eligible, Selection
 
 from .replays import data_keys
@@ -581,6 +583,56 @@ async def test_drawn_chunks_that_are_gone_are_replaced_and_each_counts_once(url:
         assert ["is in the log, but not on the server" in str(one.message) for one in caught] == [True] * 5
         assert batches.stats.missing == client.stats().lost == 5
         assert batches.stats.evicted == client.stats().evicted == 3
+
+
+class Looked(ChunkId):
+    """Counts how often one is looked at."""
+
+    looks: ClassVar = 0
+
+    def __getattribute__(self, name: str) -> Any:
+        Looked.looks += 1
+        return super().__getattribute__(name)
+
+    def __eq__(self, other: object) -> bool:
+        Looked.looks += 1
+        return super().__eq__(other)
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    __hash__ = ChunkId.__hash__
+
+
+@pytest.mark.parametrize("first", [4000, 3000], ids=["ascending", "numbers-that-were-given-again"])
+async def test_a_drawn_chunk_that_is_gone_costs_no_look_at_all_others(first: int) -> None:
+    """But after a failover, when entries may have numbers that came before."""
+    entries = [*range(4000), *range(first, first + 1000)]
+    chunks = [Looked(b"incarnat", seq, 1 + seq % 2, b"", entry) for seq, entry in enumerate(entries)]
+
+    class Log:
+        ended = False
+
+        async def read_all(self, known: list[ChunkId]) -> None:
+            known += chunks
+
+    log: Any = Log()
+    source = DrawSource(log, np.random.default_rng(1), 0)
+    await source.more()
+    lost = set()
+    for _ in range(30):
+        chunk = source.take()
+        assert chunk is not None
+        assert chunk not in lost
+        before = Looked.looks
+        assert source.lose(chunk)
+        other = source.substitute(chunk)
+        assert first == 3000 or Looked.looks - before < 100
+        lost.add(chunk)
+        assert other is not None
+        assert other not in lost
+        assert other.rows == chunk.rows
+        assert not source.lose(chunk)
 
 
 async def test_sampling_waits_for_the_minimum(url: str) -> None:

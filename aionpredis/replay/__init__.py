@@ -353,7 +353,8 @@ class Replay:
         16 independent draws. That makes it as fast as :meth:`epoch`; :meth:`sampler` draws each transition on its own.
         """
         log = self._log(await self._run(run), shard)
-        return self._batches(log, DrawSource(log, np.random.default_rng(seed)), batch, False)
+        source = DrawSource(log, np.random.default_rng(seed), self._capacity)
+        return self._batches(log, source, batch, False)
 
     async def sampler(
         self,

@@ -5,10 +5,11 @@ from __future__ import annotations
 import logging
 import math
 import warnings
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import pairwise, takewhile
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -26,6 +27,7 @@ from aionpredis.replay.group import GroupSource
 from aionpredis.replay.lag import Progress
 from aionpredis.replay.log import ChunkId, LogReader, Names, look_again
 from aionpredis.replay.schema import MAX_ROWS, Schema
+from aionpredis.replay.selection import TRIES
 from aionpredis.requests import ValueReply, get_command
 from aionpredis.wire.resp import Buffer, Pattern, Template
 
@@ -147,15 +149,17 @@ class DrawSource:
     """Chunks drawn uniformly, with replacement, for ever, from all that are committed by then.
 
     Each comes as a whole, so each transition has the same share in the batches, however long its chunk is.
+    ``capacity``: chunks that the run keeps, 0: all.
     """
 
     hands_over = False
     in_order = False
 
-    def __init__(self, log: LogReader, rng: np.random.Generator) -> None:
+    def __init__(self, log: LogReader, rng: np.random.Generator, capacity: int) -> None:
         self._log = log
         self._rng = rng
-        self._known: list[ChunkId] = []
+        self._capacity = capacity
+        self._known: list[ChunkId] = []  # in the order of the log
         self._left = 0
 
     def take(self) -> ChunkId | None:
@@ -168,18 +172,31 @@ class DrawSource:
         await self._log.read_all(self._known)
         while not self._known and not self._log.ended:
             self._known += await self._log.read(wait=True)
+        if self._capacity and self._known:
+            # They are evicted by now, or will be soon.
+            until = self._known[-1].entry - self._capacity
+            del self._known[: sum(1 for _ in takewhile(lambda chunk: chunk.entry <= until, self._known))]
         self._left = LOOK_AGAIN
         return bool(self._known)
 
     def lose(self, chunk: ChunkId) -> bool:
         """It may have been drawn several times, and each of them finds that it is gone."""
-        left = [other for other in self._known if other != chunk]
-        is_news = len(left) < len(self._known)
-        self._known = left
-        return is_news
+        at = bisect_left(self._known, chunk.entry, key=attrgetter("entry"))
+        if self._known[at : at + 1] != [chunk]:
+            try:
+                at = self._known.index(chunk)  # after a failover, numbers do not ascend
+            except ValueError:
+                return False
+        del self._known[at]
+        return True
 
     def substitute(self, chunk: ChunkId) -> ChunkId | None:
         """Another chunk of that length, for one that is gone."""
+        if self._known:
+            for at in self._rng.integers(len(self._known), size=TRIES).tolist():
+                other = self._known[int(at)]
+                if other.rows == chunk.rows:
+                    return other
         alike = [other for other in self._known if other.rows == chunk.rows]
         return alike[int(self._rng.integers(len(alike)))] if alike else None
 
