@@ -308,7 +308,9 @@ class Client:
                             places = [memory.data for memory in memories]
                             reply_to = partial(parts_reply, header, (nbytes,), places, joined=joined)
                         else:
-                            reply_to = partial(ValueReply, length=1 if joined else None)
+                            reply_to = (
+                                partial(ValueReply, length=len(chosen)) if joined else partial(ValueReply, len(chosen))
+                            )
                         travels = max(size * len(chosen), 0 if size else SLICE)
                         pipeline.put(partial(_with, command, reply_to), chosen[0], travels, (numbers, header, memories))
                     asked += window

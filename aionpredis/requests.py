@@ -90,7 +90,7 @@ def ttl_options(ttl: float | None) -> bytes:
         return b""
     if isinstance(ttl, bool) or not isinstance(ttl, Real) or not 0 < ttl <= MAX_TTL:
         raise UsageError(f"ttl is a positive number of seconds, or None for ever; not {ttl!r}")
-    milliseconds = b"%d" % max(1, round(ttl * 1000))
+    milliseconds = b"%d" % max(1, round(float(ttl) * 1000))  # np.int16(60) * 1000 would be -5536
     return b"$2\r\nPX\r\n$%d\r\n%b\r\n" % (len(milliseconds), milliseconds)
 
 

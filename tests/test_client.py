@@ -18,6 +18,7 @@ import redis
 import safetensors.numpy
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 import aionpredis
 from aionpredis import Client, Server
@@ -122,6 +123,19 @@ async def test_missing_key_is_none_and_deleted_keys_are_counted(url: str) -> Non
         assert await client.exists("a", "b") == 1
 
 
+async def test_arrays_without_items_are_loaded_among_others_again_and_again(url: str) -> None:
+    """What was loaded last is what the next values are predicted to be."""
+    many: dict[str, NDArray[Any]] = {f"e{i}": np.empty((0, 4)) for i in range(300)}
+    arrays = many | {"a": np.ones(3), "b": np.ones(3), "empty": np.empty((0, 4), np.float32)}
+    async with aionpredis.connect(url) as client:
+        await client.mset(arrays)
+        for _ in range(2):
+            for keys in (["a", "b", "empty"], ["a", "b"], ["empty", "a"], [*many], ["a", "none", "b"]):
+                expected = [arrays.get(key) for key in keys]
+                for found, array in zip(await client.mget(keys), expected, strict=True):
+                    assert found is array is None or (found is not None and array is not None and equal(found, array))
+
+
 async def test_ttl_is_what_the_server_counts_down(url: str, stock: redis.Redis) -> None:
     async with aionpredis.connect(url) as client:
         await client.set("small", np.arange(3), ttl=100)
@@ -129,11 +143,13 @@ async def test_ttl_is_what_the_server_counts_down(url: str, stock: redis.Redis) 
         await client.set_record("record", {"x": STATE, "y": STATE}, ttl=7.5)
         await client.mset({"m": STATE}, ttl=9)
         await client.set("longest", STATE, ttl=1e12)
+        await client.set("short type", STATE, ttl=np.int16(3600))  # type: ignore[arg-type]
         for key, low, high in (
             ("small", 99_000, 100_000),
             ("large", 1, 500),
             ("record", 7000, 7500),
             ("m", 8000, 9000),
+            ("short type", 3_590_000, 3_600_000),
         ):
             assert low <= stock.pttl(key) <= high, key
         await client.set("small", np.arange(3))

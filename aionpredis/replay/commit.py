@@ -193,7 +193,7 @@ class Committer:
         self._names = names
         self._log = names.log.encode()
         self._lease = lease
-        self._lease_ms = b"%d" % round(lease * 1000)
+        self._lease_ms = b"%d" % round(float(lease) * 1000)
         self._faults = client.faults
         self._last = LastEntries(client, names, self._lease_ms)
         self._capacity = capacity

@@ -42,7 +42,7 @@ class GroupSource:
         self._log = log
         self._group = f"{group}:{log.run}"
         self._consumer = os.urandom(8).hex()
-        self._idle_ms = round(reclaim * 1000)
+        self._idle_ms = round(float(reclaim) * 1000)
         self._pause = min(1.0, client.block_seconds, reclaim / 4)
         self._chunks: deque[ChunkId] = deque()
         self._made = False
