@@ -87,8 +87,9 @@ def _errors(stats: Stats) -> Iterable[tuple[float, dict[str, str]]]:
 
 
 def _place(url: str) -> dict[str, Any]:
-    """Where the server is: ``url`` has neither user nor password."""
+    """Where the server is, or the first of several: ``url`` has neither user nor password."""
     parts = urlsplit(url)
+    parts = parts._replace(netloc=parts.netloc.split(",")[0])
     place: dict[str, Any] = {"db.system.name": "redis"}
     if parts.scheme == "unix":
         place["server.address"] = parts.path

@@ -282,5 +282,10 @@ def test_open_telemetry_is_told_where_the_server_is_and_no_secret() -> None:
     pytest.importorskip("opentelemetry.sdk.metrics")
     from aionpredis.telemetry import _place
 
-    client = aionpredis.connect("redis://user:hunter2@example.org:7000/1")
-    assert _place(client.url) == {"db.system.name": "redis", "server.address": "example.org", "server.port": 7000}
+    for url in (
+        "redis://user:hunter2@example.org:7000/1",
+        "redis+cluster://user:hunter2@example.org:7000,b:7001",
+        "redis+sentinel://example.org:7000,b/service",
+    ):
+        client = aionpredis.connect(url)
+        assert _place(client.url) == {"db.system.name": "redis", "server.address": "example.org", "server.port": 7000}
