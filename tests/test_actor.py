@@ -402,6 +402,49 @@ async def test_after_an_error_the_actor_joins_the_same_run_again(url: str, stock
         assert data_keys(stock) == named_keys(stock)
 
 
+@pytest.mark.one_server("each server of a cluster has users of its own")
+async def test_no_slice_leads_across_what_was_given_up(url: str, stock: redis.Redis) -> None:
+    """The last chunk before it is in the log; an episode may have ended in what was given up."""
+    stock.execute_command("ACL", "SETUSER", "half", "on", ">secret", "~*", "+@all", "-persist")  # type: ignore[no-untyped-call]
+    try:
+        async with aionpredis.connect(url, username="half", password="secret") as client, joined(client) as actor:
+            await fill(actor, range(4))
+            while not actor._committer.over:
+                await anyio.sleep(0.01)
+            with pytest.raises(ServerError, match="PERSIST"):
+                await fill(actor, range(4, 12))
+            stock.execute_command("ACL", "SETUSER", "half", "+persist")  # type: ignore[no-untyped-call]
+            await actor.join()
+            await fill(actor, range(12, 16))
+            await actor.flush()
+            assert actor.stats.stale >= 4
+            (_, _, before, _), (_, _, after, _) = log_entries(stock)
+            assert after > before + 1
+    finally:
+        stock.execute_command("ACL", "DELUSER", "half")  # type: ignore[no-untyped-call]
+
+
+async def test_lanes_join_the_same_run_again_after_an_error_of_one(url: str, stock: redis.Redis) -> None:
+    async with aionpredis.connect(url) as client:
+        await replay_of(client).begin_run()
+        async with replay_of(client).vector_actor(2) as lanes:
+            await lanes.join()
+            stock.rename("{r}:log", "{r}:hidden")
+            stock.set("{r}:log", "not a stream")
+            row = {"state": np.zeros((2, 3), np.uint8), "uid": np.arange(2), "terminated": np.zeros(2, bool)}
+            with anyio.fail_after(20):
+                with pytest.raises(ServerError, match="WRONGTYPE"):
+                    while True:
+                        await lanes.append(**row)
+                stock.rename("{r}:hidden", "{r}:log")
+                run = await lanes.join()
+                for _ in range(8):
+                    await lanes.append(**row)
+                await lanes.flush()
+            assert lanes.run == run
+            assert len([uid async for batch in await replay_of(client).epoch(run) for uid in batch["uid"]]) == 16
+
+
 @pytest.mark.parametrize("kind", ["valkey", "redis"])
 async def test_actor_waits_while_the_server_is_full(kind: str) -> None:
     with make_server(kind) as server, redis.Redis.from_url(server.url) as stock:

@@ -293,6 +293,8 @@ class Actor:
             )
         if self._numbered != begin.run:
             self._numbered, self._seq = begin.run, 0
+        else:
+            self._seq += 1  # what was given up after an error may have ended an episode: no slice leads across it
         await self._say_name()
         self._committer.begin(runs.Beginning(self._client, self._names, begin))
         self.run = self._last = begin

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from dataclasses import astuple
 from types import TracebackType
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from aionpredis.errors import EncodeError
+from aionpredis.errors import AionpredisError, EncodeError
 from aionpredis.replay.actor import Actor, ActorStats
 from aionpredis.replay.log import Begin
 
@@ -58,9 +58,16 @@ class VectorActor:
         return await self._stack.__aexit__(kind, error, trace)
 
     async def join(self) -> Begin:
-        """Go with all lanes to the newest run. Otherwise as :meth:`Actor.join`."""
+        """Go with all lanes to the newest run; after an error of some lanes, with those. Otherwise as :meth:`Actor.join`."""
+        appending = [actor for actor in self.actors if actor.run is not None]
+        if len(appending) < len(self.actors):
+            for actor in appending:
+                with suppress(AionpredisError):  # it has met that error, too, and not told yet
+                    await actor.flush()
+        goes_on = {actor for actor in appending if actor.run is not None} if self.run is None else set()
         for actor in self.actors:
-            await actor.join()
+            if actor not in goes_on:
+                await actor.join()
         while self.run is None:  # one has begun meanwhile
             newest = max(actor.run.run for actor in self.actors if actor.run is not None)
             for actor in self.actors:
