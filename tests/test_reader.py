@@ -14,6 +14,7 @@ import anyio.lowlevel
 import numpy as np
 import pytest
 import redis
+from numpy.typing import NDArray
 
 import aionpredis
 from aionpredis import Client, Position, Replay, ReplayGone, Run, Schema, SchemaMismatch, UsageError
@@ -294,6 +295,73 @@ async def test_cancelled_steps_lose_and_double_nothing(url: str, kind: str, monk
             cancelled += scope.cancelled_caught
         assert cancelled > 0
         assert sorted(found) == list(range(150))
+
+
+@pytest.mark.parametrize("kind", ["epoch", "follow", "consume", "after"])
+@pytest.mark.parametrize("failures", [range(2, 3), range(9, 10), range(10, 14), range(0, 200, 2)], ids=str)
+async def test_a_step_that_lacked_memory_can_be_repeated_and_loses_nothing(
+    url: str, kind: str, failures: range
+) -> None:
+    """Chunks go on from one batch into the next ones, whose memory is made before anything is asked for."""
+    made = 0
+
+    def empty(nbytes: int) -> NDArray[np.uint8]:
+        nonlocal made
+        made += 1
+        if made - 1 in failures:
+            raise MemoryError
+        return np.full(nbytes, 99, np.uint8)
+
+    async with aionpredis.connect(url) as client:
+        _, run = await filled(client, 40, chunk=10, flush_every=16)
+        replay = client.replay("r", SCHEMA, empty=empty)
+        await replay.begin_run(keep=2)
+        skipped = 0
+        if kind == "consume":
+            reader = await replay.consume(run, group="g", batch=3)
+        elif kind == "after":
+            skipped = 6
+            reader = await replay.follow(run, batch=3, after=(run.run, 1, skipped))
+        else:
+            reader = await (replay.epoch if kind == "epoch" else replay.follow)(run, batch=3)
+        found: list[int] = []
+        kept = []  # so that each batch has memory of its own
+        with anyio.fail_after(20):
+            while True:
+                try:
+                    batch = await anext(reader)
+                except MemoryError:
+                    continue
+                except StopAsyncIteration:
+                    break
+                kept.append(batch)
+                assert (batch["state"] == (batch["uid"] % 256)[:, None]).all()
+                found += batch["uid"].tolist()
+                if kind == "consume":
+                    await reader.acknowledge()
+        assert made > failures[0]
+        assert sorted(found) == list(range(skipped, 40))
+        assert reader.stats.transitions == 40 - skipped
+
+
+async def test_memory_that_is_lacking_for_good_is_an_error_of_each_step_behind_what_has_it(url: str) -> None:
+    made = 0
+
+    def empty(nbytes: int) -> NDArray[np.uint8]:
+        nonlocal made
+        made += 1
+        if made > 2 * len(SCHEMA):
+            raise MemoryError
+        return np.full(nbytes, 99, np.uint8)
+
+    async with aionpredis.connect(url) as client:
+        await filled(client, 40)
+        reader = await client.replay("r", SCHEMA, empty=empty).epoch(batch=6, shuffle=False)
+        kept = [await anext(reader), await anext(reader)]  # the third one lacks memory before they have arrived
+        for _ in range(3):
+            with pytest.raises(MemoryError):
+                await anext(reader)
+        assert [uid for batch in kept for uid in batch["uid"].tolist()] == list(range(12))
 
 
 @pytest.mark.filterwarnings("ignore:chunk")

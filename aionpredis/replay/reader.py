@@ -9,7 +9,7 @@ from bisect import bisect_left
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise, takewhile
+from itertools import chain, pairwise, takewhile
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -296,6 +296,7 @@ class Batches:
         self._handed_out: list[ChunkId] = []  # to a group, and not acknowledged
         self._position: Position | None = after or Position(log.run, 0, 0)
         self._groups: Iterator[list[_Wanted]] = iter(())
+        self._held: list[ChunkId] = []  # taken, and there was no memory for its rows
         self._pipeline: Pipeline[list[_Wanted]] = Pipeline(client, immutable=True)
         self._arrived: deque[tuple[_Wanted, NDArray[np.uint8] | None]] = deque()  # have to be placed yet
         self._batches: deque[_Batch] = deque()
@@ -373,6 +374,8 @@ class Batches:
                         self._settle(wanted)
                 else:
                     self._take(group, reply.values)
+            elif self._held:  # perhaps what was handed out meanwhile has freed memory
+                self._groups = self._next_groups()
             elif self._progress is not None and not self._progress.said(self._log.entry):
                 # All that is known has arrived; there may be nothing more until the actors go on.
                 await self._progress.note(self._log.entry, now=True)
@@ -390,11 +393,13 @@ class Batches:
                         return arrays
 
     def _finish(self) -> Arrays | None:
-        batch = self._batches.popleft()
+        batch = self._batches[0]
+        assert not batch.pending, "a batch has rows that did not come"
+        arrays = batch.finish()  # may lack memory: then it can be called again
+        self._batches.popleft()
         if isinstance(self._source, GroupSource):
             self._handed_out += batch.chunks
         self._position = Position(self._log.run, *batch.last) if self._source.in_order else None
-        arrays = batch.finish()
         rows = len(next(iter(arrays.values())))
         self.stats.transitions += rows
         self.stats.duplicates = self._log.duplicates
@@ -409,21 +414,42 @@ class Batches:
 
     def _next_groups(self) -> Iterator[list[_Wanted]]:
         """The chunks for one request each, as far as chunks are known at the moment."""
-        wanted = map(self._assign, iter(self._source.take, None))
-        return slices(self._client.topology, wanted, attrgetter("key"), self._bytes, MAX_GROUP)
+        return slices(self._client.topology, self._assigned(), attrgetter("key"), self._bytes, MAX_GROUP)
+
+    def _assigned(self) -> Iterator[_Wanted]:
+        """Chunks with their rows, as far as there is memory. Lacking it is an error only if nothing else can go on first."""
+        held, self._held = self._held, []
+        is_first = True
+        for chunk in chain(held, iter(self._source.take, None)):
+            try:
+                wanted = self._assign(chunk)
+            except Exception:
+                self._held = [chunk]
+                if is_first:
+                    raise
+                return  # an error would take along those that were assigned and not asked for
+            is_first = False
+            yield wanted
 
     def _bytes(self, wanted: _Wanted) -> int:
         return wanted.chunk.rows * self._schema.row_nbytes
 
     def _assign(self, chunk: ChunkId) -> _Wanted:
-        """Assign a chunk to rows of the batch that is being filled, and on into the next one."""
+        """Assign a chunk to rows of the batch that is being filled, and on into the next one. An error changes nothing."""
         wanted = _Wanted(chunk, self._names.data(self._log.run, chunk))
-        row = self._log.begun.pop(chunk[:2], 0)
+        row = self._log.begun.get(chunk[:2], 0)
         if row:  # an earlier reader handed them out
             wanted.places.append(_Place(_Batch(self._schema, row, {}), 0, 0, row))
+        fresh: list[_Batch] = []
+        room = self._size - self._batches[-1].filled if self._batches else 0
+        while room < chunk.rows - row:
+            fresh.append(_Batch(self._schema, self._size, self._recyclers, self._empty))
+            room += self._size
+        if row:
+            del self._log.begun[chunk[:2]]
         while row < chunk.rows:
             if not self._batches or self._batches[-1].filled == self._size:
-                self._batches.append(_Batch(self._schema, self._size, self._recyclers, self._empty))
+                self._batches.append(fresh.pop())
             batch = self._batches[-1]
             count = min(chunk.rows - row, self._size - batch.filled)
             wanted.places.append(_Place(batch, batch.filled, row, row + count))
