@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import struct
 from collections import Counter
+from typing import Any
 
 import anyio
 import pytest
 import redis
 
 import aionpredis
-from aionpredis import Batches, Client, Replay, UsageError
+from aionpredis import Batches, Client, ConnectionLost, Replay, UsageError
+from aionpredis.replay.log import Begin, ChunkId
 
 from .replays import fill, kill_connections, replay_of
 
@@ -115,6 +118,84 @@ async def test_groups_of_older_runs_are_deleted_and_end_their_readers(url: str, 
         assert sorted(seen) == list(range(1000, 1010))
         assert [group["name"] for group in stock.xinfo_groups("{r}:log")] == [f"g:{second.run}".encode()]
         await consume(old, seen, acknowledge=False)  # ends
+
+
+def take_away(stock: redis.Redis, run: Begin, *, evict: bool) -> None:
+    """The data of all chunks behind the second, and their entries."""
+    entries: Any = stock.xrange("{r}:log", f"{run.run}-3", f"{run.run}-999")
+    for entry_id, fields in entries:
+        incarnation, seq, _ = struct.unpack_from("<8sII", fields[b"c"])
+        stock.delete(b"r:%d:%b:%d" % (run.run, incarnation.hex().encode(), seq))
+        if evict:
+            stock.xdel("{r}:log", entry_id)
+
+
+@pytest.mark.filterwarnings("ignore:chunk")
+@pytest.mark.parametrize("evict", [False, True])
+async def test_chunks_that_are_gone_do_not_keep_a_reader_from_its_end(
+    url: str, stock: redis.Redis, evict: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last batches have no row, so nobody is handed out anything to acknowledge; and the step may be cancelled."""
+    async with aionpredis.connect(url) as client:
+        replay = await prepared(client, 40)
+        run = await replay.latest_run()
+        assert run is not None
+        await replay.begin_run(keep=2)
+        batches = await replay.consume(run, group="g", batch=8)  # reclaim: 60 s
+        await batches._source.more()  # it has taken them, and then:
+        batches._groups = batches._next_groups()
+        await anyio.to_thread.run_sync(lambda: take_away(stock, run, evict=evict))
+        seen: list[int] = []
+        scope = anyio.CancelScope()
+        acknowledge = batches._source.acknowledge  # type: ignore[attr-defined]
+
+        async def cancelled_once(chunks: list[ChunkId]) -> None:
+            if len(chunks) == 8 and not scope.cancel_called:
+                scope.cancel()
+            await acknowledge(chunks)
+
+        monkeypatch.setattr(batches._source, "acknowledge", cancelled_once)
+        with anyio.fail_after(10):
+            with scope:
+                await consume(batches, seen)
+            assert scope.cancelled_caught
+            await consume(batches, seen)
+        assert seen == list(range(8))
+        assert (batches.stats.missing, batches.stats.evicted) == ((0, 8) if evict else (8, 0))
+        assert stock.xpending("{r}:log", f"g:{run.run}")["pending"] == 0
+
+
+async def test_what_is_handed_out_while_others_are_acknowledged_is_acknowledged_next_time(
+    url: str, stock: redis.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As by a loader, which reads on in a task of its own."""
+    async with aionpredis.connect(url) as client:
+        replay = await prepared(client, 24)
+        run = await replay.latest_run()
+        assert run is not None
+        batches = await replay.consume(run, group="g", batch=8)
+        await anext(batches)
+        call = client.call
+
+        async def meanwhile(*arguments: Any, **options: Any) -> Any:
+            monkeypatch.undo()
+            answer = await call(*arguments, **options)
+            await anext(batches)
+            return answer
+
+        async def broken(*arguments: Any, **options: Any) -> Any:
+            monkeypatch.undo()
+            await anext(batches)
+            raise ConnectionLost("broken")
+
+        monkeypatch.setattr(client, "call", meanwhile)
+        await batches.acknowledge()
+        assert stock.xpending("{r}:log", f"g:{run.run}")["pending"] == 4
+        monkeypatch.setattr(client, "call", broken)
+        with pytest.raises(ConnectionLost):
+            await batches.acknowledge()
+        await batches.acknowledge()
+        assert stock.xpending("{r}:log", f"g:{run.run}")["pending"] == 0
 
 
 async def test_wrong_use_is_a_usage_error(url: str) -> None:

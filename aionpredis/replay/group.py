@@ -45,12 +45,15 @@ class GroupSource:
         self._idle_ms = round(float(reclaim) * 1000)
         self._pause = min(1.0, client.block_seconds, reclaim / 4)
         self._chunks: deque[ChunkId] = deque()
+        self._lost: list[ChunkId] = []  # not on the server, and not acknowledged
         self._made = False
 
     def take(self) -> ChunkId | None:
         return self._chunks.popleft() if self._chunks else None
 
     def lose(self, chunk: ChunkId) -> bool:
+        """It is acknowledged here: it may leave no batch that anybody could acknowledge, and would be reclaimed for ever."""
+        self._lost.append(chunk)
         return True
 
     def substitute(self, chunk: ChunkId) -> ChunkId | None:
@@ -64,6 +67,9 @@ class GroupSource:
     async def more(self) -> bool:
         if not self._made:
             await self._make()
+        if self._lost:
+            await self.acknowledge(self._lost)
+            self._lost = []
         ended = await self._has_ended()  # before looking, so that nothing is added behind the last look
         try:
             await self._add(await self._claim())

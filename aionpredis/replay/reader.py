@@ -335,8 +335,12 @@ class Batches:
         """Of a group's reader (:meth:`Replay.consume`): the batches so far were processed, nobody gets their chunks again."""
         if not isinstance(self._source, GroupSource):
             raise UsageError("acknowledge() is for the batches of consume()")
-        await self._source.acknowledge(self._handed_out)
-        self._handed_out = []
+        chunks, self._handed_out = self._handed_out, []  # a loader's task may add more meanwhile
+        try:
+            await self._source.acknowledge(chunks)
+        except BaseException:
+            self._handed_out += chunks
+            raise
 
     def __aiter__(self) -> Batches:
         return self
