@@ -17,7 +17,7 @@ import redis
 from numpy.typing import NDArray
 
 import aionpredis
-from aionpredis import Client, Position, Replay, ReplayGone, Run, Schema, SchemaMismatch, UsageError
+from aionpredis import Batches, Client, Position, Replay, ReplayGone, Run, Schema, SchemaMismatch, UsageError
 from aionpredis.replay.log import Seen
 
 from .replays import SCHEMA, data_keys, fill, kill_connections, log_entries, replay_of, uids
@@ -144,6 +144,76 @@ async def test_after_reads_what_came_since(url: str) -> None:
         await replay.begin_run()
         with pytest.raises(ValueError, match="after"):
             await replay.epoch(after=first)
+
+
+async def test_after_a_reader_that_has_not_ended_is_an_error(url: str) -> None:
+    """What it has not handed out would be read by nobody."""
+    async with aionpredis.connect(url) as client:
+        replay, run = await filled(client, 40)
+        for first in (await replay.epoch(batch=6, shuffle=False), await replay.follow(batch=6)):
+            with pytest.raises(UsageError, match="not come to its end"):
+                await replay.epoch(after=first)
+            async for _ in first:
+                break
+            with pytest.raises(UsageError, match="position"):
+                await replay.epoch(after=first)
+            assert sorted(await uids(await replay.epoch(after=first.position))) == list(range(6, 40))
+        await replay.begin_run(keep=2)
+        assert len(await uids(first)) == 34
+        assert await uids(await replay.epoch(run, after=first)) == []
+
+
+@pytest.mark.filterwarnings("ignore:chunk")
+@pytest.mark.parametrize("shuffle", [True, False])
+@pytest.mark.parametrize("batch", [6, 9, 16, 100])
+async def test_what_drop_last_left_out_is_in_the_epoch_after(
+    url: str, stock: redis.Redis, shuffle: bool, batch: int
+) -> None:
+    """Also what is less than a chunk, again and again, and whoever else goes on from there; but not what was missing."""
+    async with aionpredis.connect(url) as client:
+        replay, run = await filled(client, 41, flush_every=7)
+        stock.delete(key_of(stock, 4))
+        found: list[int] = []
+        reader: Batches | None = None
+        missing = 0
+        for count in range(41, 81, 10):
+            steps = [
+                await replay.epoch(run, batch=batch, shuffle=shuffle, seed=count, drop_last=True, after=reader)
+                for _ in range(2)
+            ]
+            news, again = [await uids(step) for step in steps]
+            assert news == again
+            found += news
+            reader = steps[0]
+            missing += reader.stats.missing
+            rest = await replay.epoch(run, batch=batch, shuffle=shuffle, after=reader)
+            left = await uids(rest)
+            assert len(left) < batch
+            assert sorted(found + left) == [uid for uid in range(count) if not 14 <= uid < 18]
+            assert missing == 1
+            assert rest.stats.missing == 0
+            if not shuffle:
+                assert found + left == sorted(found + left)
+                assert await uids(await replay.epoch(run, shuffle=False, after=reader.position)) == left
+            async with replay_of(client).actor() as actor:
+                await actor.join()
+                await fill(actor, range(count, count + 10))
+
+
+async def test_after_what_a_shuffled_reader_left_out_there_is_a_position_at_the_end_alone(url: str) -> None:
+    """That a part of it is not behind all that was read would be forgotten."""
+    async with aionpredis.connect(url) as client:
+        replay, run = await filled(client, 40)
+        first = await replay.epoch(run, batch=33, drop_last=True, seed=3)
+        found = await uids(first)
+        second = await replay.epoch(run, batch=3, shuffle=False, after=first)
+        for _ in range(2):
+            with pytest.raises(UsageError, match="position"):
+                _ = second.position
+            found += (await anext(second))["uid"].tolist()
+        found += await uids(second)
+        assert sorted(found) == list(range(40))
+        assert await uids(await replay.epoch(run, after=second.position)) == []
 
 
 @pytest.mark.one_server("requests to several have many shapes, whose patterns are kept")

@@ -30,9 +30,18 @@ from aionpredis.replay.lag import Progress
 from aionpredis.replay.lanes import VectorActor
 from aionpredis.replay.log import Begin as Run
 from aionpredis.replay.log import ChunkId, LogReader, Names
-from aionpredis.replay.reader import Batches, DrawSource, EpochSource, FollowSource, Position, ReadStats, Source
+from aionpredis.replay.reader import (
+    Batches,
+    DrawSource,
+    EpochSource,
+    FollowSource,
+    Position,
+    ReadStats,
+    Source,
+    where_ended,
+)
 from aionpredis.replay.sampler import NStep, Sample, Sampler, SampleStats
-from aionpredis.replay.schema import MAX_CHUNK_BYTES, MAX_ROWS, Schema
+from aionpredis.replay.schema import MAX_CHUNK_BYTES, Schema
 from aionpredis.replay.selection import Fifo, Lifo, Newest, Prioritized, Selection, Shuffled, Uniform
 from aionpredis.replicas import Replicas
 
@@ -275,20 +284,26 @@ class Replay:
 
         ``shuffle``: chunks in random order, the same for the same ``seed`` and content; the transitions within a chunk
         stay together. ``drop_last``: leave out a last, shorter batch. ``after``: an earlier reader of this run that has
-        come to its end, or the :attr:`~Batches.position` of one; what it has handed out is left out. ``shard``: ``(i, n)`` is
-        the i-th of n learners, 0 the first, that share the run: each chunk goes to exactly one of them.
+        come to its end, or the :attr:`~Batches.position` of one; what it has handed out is left out, what its ``drop_last``
+        left out is not. ``shard``: ``(i, n)`` is the i-th of n learners, 0 the first, that share the run: each chunk goes to
+        exactly one of them.
+
+        Raises:
+            UsageError: ``after`` is a reader that has not come to its end, or has read another run.
         """
         number = await self._run(run)
         position: Position | None
+        rest: list[ChunkId] = []
         if isinstance(after, Batches):
             _check_after(after.run, number)
-            log = after.log
-            position = Position(number, log.entry, MAX_ROWS)
+            log, position, rest = where_ended(after)
         else:
             position = _position(after, number)
             log = self._log(number, shard, position)
-        source = EpochSource(log, np.random.default_rng(seed) if shuffle else None)
-        return self._batches(log, source, batch, drop_last, after=position)
+        # What a shuffled reader has left out lies between what it has handed out: no position tells them apart.
+        in_order = not shuffle and position is not None
+        source = EpochSource(log, np.random.default_rng(seed) if shuffle else None, rest, in_order=in_order)
+        return self._batches(log, source, batch, drop_last, position)
 
     async def follow(
         self,
@@ -311,7 +326,7 @@ class Replay:
         number = await self._run(run)
         position = _position(after, number)
         log = self._log(number, shard, position)
-        return self._batches(log, FollowSource(log), batch, drop_last, self._progress("follow", log), position)
+        return self._batches(log, FollowSource(log), batch, drop_last, position, self._progress("follow", log))
 
     async def consume(
         self, run: int | Run | None = None, *, group: str, batch: int = 256, reclaim: float = 60.0
@@ -330,7 +345,7 @@ class Replay:
         """
         log = self._log(await self._run(run))
         source = GroupSource(self._client, self._names, log, check_name(group), reclaim=reclaim)
-        return self._batches(log, source, batch, False)
+        return self._batches(log, source, batch, False, _position(None, log.run))
 
     def _progress(self, kind: str, log: LogReader) -> Progress | None:
         if not self._max_lag:
@@ -354,7 +369,7 @@ class Replay:
         """
         log = self._log(await self._run(run), shard)
         source = DrawSource(log, np.random.default_rng(seed), self._capacity)
-        return self._batches(log, source, batch, False)
+        return self._batches(log, source, batch, False, _position(None, log.run))
 
     async def sampler(
         self,
@@ -432,8 +447,8 @@ class Replay:
         source: Source,
         batch: int,
         drop_last: bool,
+        position: Position | None,
         progress: Progress | None = None,
-        after: Position | None = None,
     ) -> Batches:
         _check_count("batch", batch)
         return Batches(
@@ -444,8 +459,8 @@ class Replay:
             source,
             batch,
             drop_last,
+            position,
             progress,
-            after,
             empty=self._empty,
         )
 
@@ -532,9 +547,9 @@ class Replay:
         return run
 
 
-def _position(after: Iterable[int] | None, run: int) -> Position | None:
+def _position(after: Iterable[int] | None, run: int) -> Position:
     if after is None:
-        return None
+        return Position(run, 0, 0)
     try:
         position = Position(*map(operator.index, after))
     except TypeError:  # not a sequence, not of ints, not three of them

@@ -6,6 +6,7 @@ packed: 1 M entries take 23 MB on the server instead of 36, and a new reader has
 
 from __future__ import annotations
 
+import copy
 import re
 import struct
 import zlib
@@ -260,6 +261,12 @@ class LogReader:
         self._known_to = 0  # up to this entry the log was read before
         self._seen: dict[bytes, Seen] = {}
         self._missed: dict[tuple[bytes, int], int] = {}
+
+    def copy(self) -> LogReader:
+        """Another one that goes on from here; this one stays as it is."""
+        other = copy.copy(self)
+        other.begun, other._missed, other._seen = self.begun.copy(), self._missed.copy(), copy.deepcopy(self._seen)
+        return other
 
     async def read(self, *, wait: bool) -> list[ChunkId]:
         """Chunks committed since the last call; with ``wait``, at least one, unless the run ended or seconds passed.

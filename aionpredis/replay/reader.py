@@ -34,7 +34,7 @@ from aionpredis.wire.resp import Buffer, Pattern, Template
 if TYPE_CHECKING:
     from aionpredis.client import Client
 
-__all__ = ["Batches", "Position", "ReadStats"]
+__all__ = ["Batches", "Position", "ReadStats", "where_ended"]
 
 logger = logging.getLogger(__name__)
 
@@ -103,13 +103,15 @@ class _NoSubstitute:
 
 
 class EpochSource(_NoSubstitute):
-    """Every chunk that is committed when reading begins, once; shuffled if there is a generator."""
+    """Every chunk that is committed when reading begins, once; shuffled if there is a generator. ``rest``: chunks that an
+    earlier reader left out.
+    """
 
-    def __init__(self, log: LogReader, rng: np.random.Generator | None) -> None:
-        self.in_order = rng is None
+    def __init__(self, log: LogReader, rng: np.random.Generator | None, rest: list[ChunkId], *, in_order: bool) -> None:
+        self.in_order = in_order
         self._log = log
         self._rng = rng
-        self._found: list[ChunkId] = []
+        self._found = rest
         self._chunks: Iterator[ChunkId] | None = None
 
     def take(self) -> ChunkId | None:
@@ -216,6 +218,7 @@ class _Batch:
             self.rows[name] = memory.data, row
         self.filled = 0
         self.pending = 0
+        self.row = 0  # of its chunk, the first one here
         self.holes: list[slice] = []
         self.chunks: list[ChunkId] = []  # whose last row is here
         self.last = 0, 0  # the entry of the last chunk here, and the row up to which it is
@@ -279,8 +282,8 @@ class Batches:
         source: Source,
         batch: int,
         drop_last: bool,
+        position: Position | None,
         progress: Progress | None = None,
-        after: Position | None = None,
         *,
         empty: Empty,
     ) -> None:
@@ -294,7 +297,8 @@ class Batches:
         self._drop_last = drop_last
         self._progress = progress
         self._handed_out: list[ChunkId] = []  # to a group, and not acknowledged
-        self._position: Position | None = after or Position(log.run, 0, 0)
+        self._position = position
+        self._ended = False
         self._groups: Iterator[list[_Wanted]] = iter(())
         self._held: list[ChunkId] = []  # taken, and there was no memory for its rows
         self._pipeline: Pipeline[list[_Wanted]] = Pipeline(client, immutable=True)
@@ -328,7 +332,7 @@ class Batches:
 
     @property
     def log(self) -> LogReader:
-        """What is known of the run, for a reader that goes on where this one ended."""
+        """What is known of the run."""
         return self._log
 
     async def acknowledge(self) -> None:
@@ -390,6 +394,7 @@ class Batches:
                 if not more and (self._drop_last or not self._batches):
                     if not self._batches and self._position is None:
                         self._position = Position(self._log.run, self._log.entry, MAX_ROWS)
+                    self._ended = True
                     raise StopAsyncIteration
                 if self._batches and (self._source.hands_over or not more):
                     arrays = self._finish()
@@ -449,11 +454,10 @@ class Batches:
         while room < chunk.rows - row:
             fresh.append(_Batch(self._schema, self._size, self._recyclers, self._empty))
             room += self._size
-        if row:
-            del self._log.begun[chunk[:2]]
         while row < chunk.rows:
             if not self._batches or self._batches[-1].filled == self._size:
                 self._batches.append(fresh.pop())
+                self._batches[-1].row = row
             batch = self._batches[-1]
             count = min(chunk.rows - row, self._size - batch.filled)
             wanted.places.append(_Place(batch, batch.filled, row, row + count))
@@ -552,3 +556,28 @@ class Batches:
                 RuntimeWarning,
                 stacklevel=2,
             )
+
+
+def where_ended(reader: Batches) -> tuple[LogReader, Position | None, list[ChunkId]]:
+    """For a reader that goes on there: what is known of the run, the position if there is one, and the chunks that
+    ``drop_last`` has left out; the first rows of one of them may have been handed out.
+
+    Raises:
+        UsageError: it has not come to its end.
+    """
+    if not reader._ended:
+        raise UsageError(
+            "after= is a reader that has not come to its end: nobody would read what it has not handed out. Read on until it "
+            "ends; or go on from its position, which follow() and epoch(shuffle=False) have at any time"
+        )
+    log = reader._log.copy()
+    rest: list[ChunkId] = []
+    for batch in reader._batches:  # one at most
+        log.begun[batch.chunks[0][:2]] = batch.row
+        missing = {hole.start for hole in batch.holes}
+        row = 0
+        for chunk in batch.chunks:
+            if row not in missing:
+                rest.append(chunk)
+            row += chunk.rows - log.begun.get(chunk[:2], 0)
+    return log, reader._position, sorted(rest, key=attrgetter("entry"))
