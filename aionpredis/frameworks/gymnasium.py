@@ -29,6 +29,7 @@ with extra("gymnasium"):
     import gymnasium
     from gymnasium import spaces
     from gymnasium.vector import AutoresetMode
+    from gymnasium.wrappers import Autoreset
 
 __all__ = ["Transitions", "VectorTransitions", "schema_of"]
 
@@ -126,11 +127,23 @@ class _Recorder:
             )
 
 
+def _autoreset(env: Env) -> Any:
+    """The wrapper, of this environment's, whose step after an episode's last one is a reset."""
+    while isinstance(env, gymnasium.Wrapper):
+        if isinstance(env, Autoreset):
+            return env
+        env = env.env
+    return None
+
+
 class Transitions(gymnasium.Wrapper):
     """Hands each transition to ``append``, if there is one, and keeps the last: ``transition``, by column.
 
     ``schema``: of a replay for them, as :func:`schema_of` says. Steps raise what ``append`` raises, when the step is done:
     after :class:`~aionpredis.RunEnded`, ``actor.join()`` and ``env.reset()``.
+
+    With Gymnasium's ``Autoreset`` inside, the step after an episode's last one is no transition: nothing is handed over, and
+    ``transition`` is empty.
 
     The replay knows episodes by ``terminated`` and ``truncated``: one that a script gives up in the middle seems to go on
     with the next one.
@@ -139,6 +152,7 @@ class Transitions(gymnasium.Wrapper):
     def __init__(self, env: Env, append: Append | None = None) -> None:
         super().__init__(env)
         self._recorder = _Recorder(env, append)
+        self._autoreset = _autoreset(env)
         self.schema = self._recorder.schema
         self.transition: dict[str, Any] = {}
 
@@ -148,9 +162,14 @@ class Transitions(gymnasium.Wrapper):
         return observation, info
 
     def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
+        resets = self._autoreset is not None and self._autoreset.autoreset
         outcome: tuple[Any, Any, bool, bool, dict[str, Any]] = self.env.step(action)
-        self.transition = self._recorder.step(action, outcome)
-        self._recorder.append(**self.transition)
+        if resets:
+            self._recorder.see(outcome[0])
+            self.transition = {}
+        else:
+            self.transition = self._recorder.step(action, outcome)
+            self._recorder.append(**self.transition)
         return outcome
 
 

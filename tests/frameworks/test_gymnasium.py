@@ -15,6 +15,7 @@ gymnasium: Any = pytest.importorskip("gymnasium", reason="Gymnasium is not insta
 
 from gymnasium import spaces  # noqa: E402
 from gymnasium.vector import AutoresetMode, SyncVectorEnv  # noqa: E402
+from gymnasium.wrappers import Autoreset, TimeLimit  # noqa: E402
 
 from aionpredis.frameworks.gymnasium import Transitions, VectorTransitions, schema_of  # noqa: E402
 
@@ -152,6 +153,34 @@ def test_append_is_called_with_each_transition() -> None:
         env.step(number)
     columns = {name: np.array([each[name] for each in seen]) for name in seen[0]}
     assert rows(columns) == expected(0, 2)
+
+
+@pytest.mark.parametrize("wrap", [Autoreset, lambda env: TimeLimit(Autoreset(env), 1000)])
+def test_step_that_resets_by_autoreset_is_no_transition(wrap: Any) -> None:
+    seen: list[dict[str, Any]] = []
+
+    def append(**transition: Any) -> None:
+        seen.append(transition)
+
+    env = Transitions(wrap(Counting()), append)
+    env.reset()
+    live: list[bool] = []
+    while len(seen) < 7:
+        env.step(len(seen))
+        live.append(bool(env.transition))
+    columns = {name: np.array([each[name] for each in seen]) for name in seen[0]}
+    assert rows(columns) == expected(0, 7)
+    assert live == [True, True, False] * 3 + [True]
+
+
+def test_own_reset_before_autoresets_makes_the_next_step_a_transition() -> None:
+    env = Transitions(Autoreset(Counting()))
+    env.reset()
+    for number in range(2):
+        env.step(number)
+    env.reset()
+    env.step(2)
+    assert rows({name: np.array([value]) for name, value in env.transition.items()}) == expected(0, 3)[2:]
 
 
 def test_script_appends_as_it_steps(url: str) -> None:
