@@ -20,6 +20,10 @@ CLOSE_SECONDS = 1.0
 """Seconds that an async generator has for its cleanup."""
 
 
+def _outside() -> UsageError:
+    return UsageError("use the loader inside of its `async with` block")
+
+
 class Loader(Generic[T]):
     """Keeps up to ``prefetch`` batches of any async iterator ready, by a task of its own::
 
@@ -78,9 +82,11 @@ class Loader(Generic[T]):
 
     async def __anext__(self) -> T:
         if self._tasks is None:
-            raise UsageError("use the loader inside of its `async with` block")
+            raise _outside()
         try:
             return await self._receive.receive()
+        except anyio.ClosedResourceError:
+            raise _outside() from None
         except anyio.EndOfStream:
             if self._error is not None:
                 raise self._error from None

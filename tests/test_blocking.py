@@ -380,6 +380,8 @@ def test_loader_is_ahead_and_gives_everything_in_order(client: blocking.Client) 
             time.sleep(0.001)
         assert batches.stats.transitions >= 40
         assert first + [uid for batch in loader for uid in batch["uid"].tolist()] == list(range(100))
+    with pytest.raises(UsageError, match="inside of its"):
+        next(loader)
     with pytest.raises(UsageError, match="list"):
         blocking.Loader([1, 2])  # type: ignore[arg-type]
 

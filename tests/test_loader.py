@@ -94,11 +94,13 @@ async def test_misuse_is_a_usage_error() -> None:
     with pytest.raises(UsageError):
         Loader(Source(1).batches(), prefetch=0)
     loader = Loader(Source(1).batches())
-    with pytest.raises(UsageError):
+    with pytest.raises(UsageError, match="inside of its"):
         await anext(loader)
     async with loader:
         pass
-    with pytest.raises(UsageError):
+    with pytest.raises(UsageError, match="inside of its"):
+        await anext(loader)
+    with pytest.raises(UsageError, match="one `async with` block"):
         async with loader:
             pass
 
