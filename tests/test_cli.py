@@ -563,6 +563,38 @@ def test_delete_takes_what_ls_lists(terminal: Terminal, stock: redis.Redis) -> N
     assert terminal("delete", "pong", "--yes").stdout == "no keys\n"
 
 
+def test_delete_says_how_many_keys_are_neither_arrays_nor_records(terminal: Terminal, stock: redis.Redis) -> None:
+    for number in range(50):
+        stock.set(f"session:{number}", f"of user {number}, who wants to keep it")
+    stock.rpush("session:list", 1)
+    stock.set("session:empty", "")
+    said = terminal.error("delete", "session:*", code=2)
+    assert "this would delete 52 keys (52 of them neither arrays nor records), " in said
+
+    async def fill(client: Client) -> None:
+        await client.set("session:array", FRAME)
+        await client.set("session:lz4", np.zeros((100, 100)), codec="lz4")
+        await client.set_record("session:record", RECORD)
+        await fill_replay(client, "pong", 8)
+
+    terminal.fill(fill)
+    said = terminal.error("delete", "session:*", "pong", code=2)
+    assert "the replay pong (2 chunks) and 55 keys (52 of them neither arrays nor records), " in said
+    said = terminal.error("delete", "session:array", "session:lz4", "session:record", code=2)
+    assert "this would delete 3 keys, " in said
+
+
+@pytest.mark.one_server("users of a cluster are those of each server")
+def test_delete_says_how_many_keys_its_user_may_not_read(terminal: Terminal, stock: redis.Redis) -> None:
+    terminal.fill(lambda client: client.mset({"open": np.ones(3), "secret": np.ones(3)}))
+    stock.acl_setuser("reader", enabled=True, reset=True, passwords=["+pw"], keys=["open*"], categories=["+@all"])
+    try:
+        reader = Terminal(f"unix://reader:pw@{terminal.url.removeprefix('unix://')}")
+        assert "2 keys (1 that this user may not read), " in reader.error("delete", "*", code=2)
+    finally:
+        stock.acl_deluser("reader")
+
+
 @pytest.mark.one_server("fences on a cluster: test_cluster_replay.py")
 def test_actors_of_a_replay_that_is_deleted_are_told_and_leave_nothing(terminal: Terminal, stock: redis.Redis) -> None:
     async def work(client: Client) -> None:

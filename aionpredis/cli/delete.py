@@ -32,7 +32,7 @@ def delete(
     need("rich")
     from aionpredis.cli.survey import Pattern, Survey
 
-    survey = Survey(Pattern(*patterns))
+    survey = Survey(Pattern(*patterns), sorts=True)
     deleted = {"keys": 0, "replays": 0, "policies": 0}
 
     async def look(client: Client) -> None:
@@ -77,8 +77,9 @@ def _found(survey: Survey) -> str:
     if len(parts) > 5:
         parts[4:] = [f"{len(parts) - 4:,} more replays and policies"]
     if survey.keys:
-        foreign = f" ({survey.foreign:,} of them neither arrays nor records)" if survey.foreign else ""
-        parts.append(f"{_keys(survey.keys)}{foreign}")
+        foreign = [f"{survey.foreign:,} of them neither arrays nor records"] if survey.foreign else []
+        foreign += [f"{survey.unread:,} that this user may not read"] if survey.unread else []
+        parts.append(f"{_keys(survey.keys)}" + (f" ({', '.join(foreign)})" if foreign else ""))
     return f"{' and '.join(parts)}, {decimal(survey.total_stored)}" if parts else ""
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from aionpredis import streams
-from aionpredis.codecs import Kind
+from aionpredis.codecs import MAX_MAGIC, Kind, detect
 from aionpredis.codecs.describe import HEAD, Column, Description, describe
 from aionpredis.errors import DecodeError, NotAnArray, ServerError
 from aionpredis.policy import stream_of
@@ -124,20 +124,24 @@ class Pattern:
 
 class Survey:
     """All keys that match. In memory are the names of at most ``limit`` single keys, the first by name, and a line for each
-    replay. ``grouped``: keys of replays and policies are groups, else single keys like all others.
+    replay. ``grouped``: keys of replays and policies are groups, else single keys like all others. ``sorts``: ask for the first
+    bytes of all single keys, for ``foreign`` and ``unread``.
     """
 
-    def __init__(self, pattern: Pattern, *, limit: int = 0, grouped: bool = True) -> None:
+    def __init__(self, pattern: Pattern, *, limit: int = 0, grouped: bool = True, sorts: bool = False) -> None:
         self.groups: dict[str, Group] = {}
         self.keys = 0
         """Single keys."""
         self.stored = 0
         """Bytes of the single keys, as far as they are strings."""
         self.foreign = 0
-        """Single keys that are no strings."""
+        """Single keys that begin like neither arrays nor records."""
+        self.unread = 0
+        """Single keys of which this user may not know that."""
         self._pattern = pattern
         self._limit = limit
         self._grouped = grouped
+        self._sorts = sorts
         self._first: list[_Reversed] = []  # a heap whose top is the last of them
 
     @property
@@ -163,8 +167,12 @@ class Survey:
                 yield key, owned
 
     async def _add(self, client: Client, found: list[tuple[bytes, Owned | None]]) -> None:
-        sizes = await client.call_many([("STRLEN", key) for key, _ in found], repeatable=True)
-        for (key, owned), size in zip(found, sizes, strict=True):
+        commands: list[tuple[Any, ...]] = [("STRLEN", key) for key, _ in found]
+        if self._sorts:
+            commands += [("GETRANGE", key, 0, MAX_MAGIC - 1) for key, owned in found if owned is None]
+        replies = await client.call_many(commands, repeatable=True)
+        heads = iter(replies[len(found) :])
+        for (key, owned), size in zip(found, replies[: len(found)], strict=True):
             if isinstance(size, ServerError) and not _is_foreign(size):
                 raise size
             stored = 0 if isinstance(size, ServerError) else int(size)
@@ -173,11 +181,24 @@ class Survey:
                 continue
             self.keys += 1
             self.stored += stored
-            self.foreign += isinstance(size, ServerError)
+            if self._sorts:
+                self._sort(next(heads), stored)
             if len(self._first) < self._limit:
                 heapq.heappush(self._first, _Reversed(key))
             elif self._limit and key < self._first[0].key:
                 heapq.heapreplace(self._first, _Reversed(key))
+
+    def _sort(self, head: Any, stored: int) -> None:
+        if isinstance(head, ServerError):
+            if not _is_foreign(head):
+                raise head
+            self.unread += head.code == "NOPERM"
+            self.foreign += head.code == "WRONGTYPE"
+            return
+        try:
+            detect(memoryview(head), stored)
+        except NotAnArray:
+            self.foreign += 1
 
     async def entries(self, client: Client, report: Callable[[int, int | None], None]) -> list[Entry]:
         """The first ``limit`` single keys, by name, with what they are. One that is gone meanwhile is left out."""
