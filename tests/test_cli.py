@@ -7,6 +7,7 @@ import json
 import os
 import pty
 import re
+import select
 import signal
 import subprocess
 import sys
@@ -442,6 +443,71 @@ def test_put_reads_a_pipe_that_has_a_name(terminal: Terminal, stock: redis.Redis
     terminal("put", "a", str(tmp_path / "pipe"))
     writer.join(10)
     assert stock.get("a") == file.getvalue()
+
+
+@contextmanager
+def reading(pipe: Path) -> Iterator[list[bytes]]:
+    """Makes a pipe with that name; gives what was read from it, when it has ended."""
+    os.mkfifo(pipe)
+    read: list[bytes] = []
+    reader = threading.Thread(target=lambda: read.append(pipe.read_bytes()), daemon=True)
+    reader.start()
+    yield read
+    assert pipe.is_fifo()
+    reader.join(10)
+
+
+def test_a_pipe_that_has_a_name_is_written_to_and_stays(terminal: Terminal, stock: redis.Redis, tmp_path: Path) -> None:
+    pytest.importorskip("PIL.Image", reason='needs pip install "aionpredis[cli]"')
+    terminal.fill(lambda client: client.set("a", FRAME))
+    terminal("show", "a", "--png", str(tmp_path / "a.png"))
+    with reading(tmp_path / "pipe") as read:
+        assert terminal("get", "a", str(tmp_path / "pipe")).stdout == ""
+    assert read == [stock.get("a")]
+    with reading(tmp_path / "pipe.png") as read:
+        terminal("show", "a", "--png", str(tmp_path / "pipe.png"))
+    assert read == [(tmp_path / "a.png").read_bytes()]
+    # as a shell's >(…)
+    ours, theirs = os.pipe()
+    try:
+        terminal("get", "a", f"/dev/fd/{theirs}")
+        assert os.read(ours, 1 << 16) == stock.get("a")
+    finally:
+        os.close(ours)
+        os.close(theirs)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "pipe", "pipe.png"]
+
+
+def test_a_link_stays_and_what_it_leads_to_is_written(terminal: Terminal, stock: redis.Redis, tmp_path: Path) -> None:
+    terminal.fill(lambda client: client.set("a", FRAME))
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "old.npy").write_text("old")
+    for name in ("old.npy", "new.npy"):
+        link = tmp_path / name
+        link.symlink_to(Path("folder", name))
+        terminal("get", "a", str(link))
+        assert link.is_symlink()
+        assert (tmp_path / "folder" / name).read_bytes() == stock.get("a")
+    assert len(list(tmp_path.rglob("*"))) == 5
+
+
+@pytest.mark.one_server("of the signal")
+def test_ctrl_c_ends_get_into_a_pipe_that_nobody_reads(terminal: Terminal, tmp_path: Path) -> None:
+    terminal.fill(lambda client: client.set("large", np.zeros(1 << 18)))
+    os.mkfifo(tmp_path / "pipe")
+    ours = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        with command("get", "large", str(tmp_path / "pipe"), "--url", terminal.url) as process:
+            try:
+                until(lambda: bool(select.select([ours], [], [], 0)[0]), "it writes", 30)
+                time.sleep(0.05)  # until it waits
+                process.send_signal(signal.SIGINT)
+                assert process.communicate(timeout=20) == ("", "aionpredis: interrupted by SIGINT\n")
+                assert process.returncode == 130
+            finally:
+                process.kill()
+    finally:
+        os.close(ours)
 
 
 def test_what_is_too_long_is_not_read_to_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

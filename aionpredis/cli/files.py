@@ -26,7 +26,10 @@ def get(
     url: Url = None,
     as_json: AsJson = False,
 ) -> None:
-    """Store an array, or a record, as a file. The file is there when it is complete."""
+    """Store an array, or a record, as a file. The file is there when it is complete.
+
+    A pipe or a device is written to, and a link stays one.
+    """
     if file == Path("-") and (as_json or sys.stdout.isatty()):
         fail("a file on stdout, which is a terminal" if not as_json else "a file and JSON on the same stdout", 2)
 
@@ -37,6 +40,8 @@ def get(
     from aionpredis.errors import UsageError
     from aionpredis.requests import encode_array, encode_record
 
+    is_stream = file == Path("-") or values.is_stream(file)
+
     async def work(client: Client) -> tuple[dict[str, Any], Sequence[Buffer]]:
         entry = await values.looked(client, key)
         kind, arrays = await values.load(client, entry)
@@ -44,20 +49,22 @@ def get(
             what = "an array" if kind is Kind.ARRAY else "a record"
             raise UsageError(f"{what} is stored: name the file …{kind.value}, not {file.name}")
         parts = encode_array(arrays[""], None) if kind is Kind.ARRAY else encode_record(arrays, None)
-        if file != Path("-"):
+        if not is_stream:
             await anyio.to_thread.run_sync(values.write, file, parts)
         return entry.as_dict() | {"file": str(file), "file_bytes": sum(map(len, parts))}, parts
 
     facts, parts = with_client(url, work)
+    if is_stream:
+        with in_one_line():  # in no thread: however long nobody reads it, Ctrl-C ends it
+            if file != Path("-"):
+                values.write(file, parts)
+            else:
+                sys.stdout.buffer.writelines(parts)
+                sys.stdout.buffer.flush()
     if as_json:
         print_json(facts)
-    elif file != Path("-"):
+    elif not is_stream:  # which may be stdout
         print(f"{shown(bytes(file))}: {facts['file_bytes']:,} bytes")
-    else:
-        with in_one_line():  # in no thread: however long nobody reads it, Ctrl-C ends it
-            for part in parts:
-                sys.stdout.buffer.write(part)
-            sys.stdout.buffer.flush()
 
 
 def put(

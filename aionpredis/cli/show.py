@@ -7,7 +7,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from aionpredis.cli.common import AsJson, Url, console, fail, need, print_json, print_table, shown, with_client
+from aionpredis.cli.common import (
+    AsJson,
+    Url,
+    console,
+    fail,
+    in_one_line,
+    need,
+    print_json,
+    print_table,
+    shown,
+    with_client,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -41,16 +52,25 @@ def show(
 
     from aionpredis.cli import values
 
+    stream = png if png is not None and values.is_stream(png) else None
+    file = png if stream is None else None
+    wants_picture = not as_json or png is not None
+
     async def work(client: Client) -> tuple[Entry, list[_Shown], NDArray[np.uint8] | None]:
         entry = await values.looked(client, key)
         if entry.about is None or entry.about.kind is None:
             return entry, [], None
         _, arrays = await values.load(client, entry)
-        return entry, *await anyio.to_thread.run_sync(_look_at, arrays, column, index, png, not as_json)
+        return entry, *await anyio.to_thread.run_sync(_look_at, arrays, column, index, wants_picture, file)
 
     entry, parts, image = with_client(url, work)
     if png is not None and image is None:
         fail(f"{key} does not look like an image")
+    if stream is not None and image is not None:
+        from aionpredis.cli.picture import png as png_of
+
+        with in_one_line():
+            values.write(stream, [png_of(image)])
     if as_json:
         facts = entry.as_dict() | {"statistics": {name: found._asdict() for name, _, found in parts}}
         if len(parts) == 1 and "columns" not in facts:
@@ -76,7 +96,7 @@ _Shown = tuple[str, str, "Statistics"]
 
 
 def _look_at(
-    arrays: Arrays, column: str | None, index: int | None, png: Path | None, wants_picture: bool
+    arrays: Arrays, column: str | None, index: int | None, wants_picture: bool, png: Path | None
 ) -> tuple[list[_Shown], NDArray[np.uint8] | None]:
     """Statistics of each column, and a picture of the first that has one. Blocks."""
     from aionpredis.cli import picture, values
@@ -98,7 +118,7 @@ def _look_at(
                 raise UsageError(f"--index {index}: {f'column {name!r}' if name else 'the array'} has {rows}")
             array = whole[index, ...]
         parts.append((name, f"{array.dtype} {array.shape}", statistics(array)))
-        if image is None and (wants_picture or png is not None):
+        if image is None and wants_picture:
             image = picture.pixels(array)
     if png is not None and image is not None:
         values.write(png, [picture.png(image)])

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from aionpredis.client import Client
 
-__all__ = ["Arrays", "load", "looked", "opened", "source", "write"]
+__all__ = ["Arrays", "is_stream", "load", "looked", "opened", "source", "write"]
 
 Arrays = dict[str, NDArray[Any]]
 """Columns of a record; an array is the only one, and its name is empty."""
@@ -106,10 +106,20 @@ def _read(file: BinaryIO) -> memoryview:
     return memoryview(data)
 
 
+def is_stream(path: Path) -> bool:
+    """Whether a pipe or a device is there. No thread may write to it: however long nobody reads it, Ctrl-C has to end that."""
+    return path.exists() and not path.is_file() and not path.is_dir()
+
+
 def write(path: Path, parts: Sequence[Buffer]) -> None:
-    """Write a file that has its name when it is complete."""
+    """Write a file that has its name when it is complete, there where a link leads to; or into a pipe or a device."""
     if path.is_dir():
         raise UsageError(f"{path} is a folder: name a file")
+    if is_stream(path):
+        with path.open("wb") as stream:
+            stream.writelines(parts)
+        return
+    path = Path(os.path.realpath(path))
     partial = path.with_name(f".{path.name[:200]}.{os.urandom(4).hex()}.partial")
     try:
         with partial.open("xb") as file:
