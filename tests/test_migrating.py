@@ -130,3 +130,33 @@ async def test_many_are_converted_and_nothing_else_is_touched(url: str, stock: r
         assert (0 < left <= 500_000) if number % 5 == 0 else left == -1
     assert 0 < stock.pttl(done) <= 400_000
     assert stock.get("other:1") == by_recipe(arrays[done])
+
+
+async def test_what_is_converted_is_left_alone_whatever_the_codec(url: str, stock: redis.Redis) -> None:
+    zeros = np.zeros((80, 80), np.uint16)  # LZ4 would make it smaller
+    stock.set("frame:1", by_recipe(zeros))
+    async with aionpredis.connect(url, codec="lz4") as client:
+        assert await THERE["convert"](client, "frame:*", THERE["shape_in_front"]) == 1
+        assert await THERE["convert"](client, "frame:*", THERE["shape_in_front"]) == 0
+        np.testing.assert_array_equal(await client.get("frame:1"), zeros, strict=True)
+
+
+@pytest.mark.parametrize("left", [-2, 0])
+async def test_what_expires_while_it_is_converted_does_not_live_for_ever(
+    url: str, stock: redis.Redis, monkeypatch: pytest.MonkeyPatch, left: int
+) -> None:
+    """It was there at the GET; at the PTTL it is gone (-2), or in its last millisecond (0)."""
+    stock.set("frame:1", by_recipe(frame((8, 8), "uint16")), px=500_000)
+    stock.set("frame:2", by_recipe(frame((8, 8), "uint16")))
+    execute = aionpredis.Client.execute
+
+    async def expiring(client: aionpredis.Client, command: str, key: bytes) -> Any:
+        if key == b"frame:2":
+            return await execute(client, command, key)
+        stock.delete(key)
+        return left if left == 0 else await execute(client, command, key)
+
+    monkeypatch.setattr(aionpredis.Client, "execute", expiring)
+    async with aionpredis.connect(url) as client:
+        assert await THERE["convert"](client, "frame:*", THERE["shape_in_front"]) == 1
+    assert stock.keys() == [b"frame:2"]
