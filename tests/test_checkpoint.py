@@ -677,6 +677,6 @@ def test_commands_save_and_restore_without_knowing_the_columns(
     entries: Any = stock.xrange("{other}:log")
     run = int(entries[0][0].split(b"-")[0])
     assert chunks_of(stock, run, "other") == chunks_of(stock, old.run)
-    command("save", "r", folder, "--url", url, code=1)
+    command("save", "r", folder, "--url", url, code=2)
     command("save", "nothing", str(tmp_path / "x"), "--url", url, code=1)
-    command("restore", str(tmp_path / "x"), "--url", url, code=1)
+    command("restore", str(tmp_path / "x"), "--url", url, code=2)

@@ -39,7 +39,7 @@ from aionpredis.cli.common import said  # noqa: E402
 from aionpredis.cli.delete import _is_left  # noqa: E402
 from aionpredis.cli.survey import Group, Pattern, Survey  # noqa: E402
 from aionpredis.codecs import Kind  # noqa: E402
-from aionpredis.errors import UsageError  # noqa: E402
+from aionpredis.errors import DecodeError  # noqa: E402
 from aionpredis.replay.checkpoint import saving  # noqa: E402
 from aionpredis.replay.keys import owner  # noqa: E402
 
@@ -341,9 +341,9 @@ def test_show_computes_statistics_and_rows(terminal: Terminal) -> None:
     lines = terminal("show", "step").stdout.splitlines()
     assert lines[0] == "step: record"
     assert lines[-3].split() == ["state", "float32", "(2,", "3,", "4)", "0", "23", "11.4783", "7.07027", "1", "0"]
-    assert "has 2 rows" in terminal.error("show", "step", "--index", "2")
-    assert "there are state, reward" in terminal.error("show", "step", "--column", "x")
-    assert "an array has no columns" in terminal.error("show", "batch", "--column", "x")
+    assert "has 2 rows" in terminal.error("show", "step", "--index", "2", code=2)
+    assert "there are state, reward" in terminal.error("show", "step", "--column", "x", code=2)
+    assert "an array has no columns" in terminal.error("show", "batch", "--column", "x", code=2)
 
 
 def test_show_says_what_else_a_key_is(terminal: Terminal, stock: redis.Redis) -> None:
@@ -352,6 +352,27 @@ def test_show_says_what_else_a_key_is(terminal: Terminal, stock: redis.Redis) ->
     assert terminal("show", "list").stdout.startswith("list: list\n")
     assert terminal.error("show", "nothing") == "aionpredis: no such key: nothing\n"
     assert "it is a replay" in terminal.error("show", "pong")
+
+
+def test_show_of_one_row_or_column_needs_an_array(terminal: Terminal, stock: redis.Redis) -> None:
+    stock.set("raw", "text")
+    stock.rpush("list", 1)
+    for key, kind in {"raw": "string", "list": "list"}.items():
+        for option in ("--index", "--column"):
+            said = terminal.error("show", key, option, "3", code=2)
+            assert said.endswith(f"{option} 3: neither an array nor a record is stored there, but: {kind}\n")
+
+
+@pytest.mark.one_server("users of a cluster are those of each server")
+def test_show_fails_if_its_user_may_not_read(terminal: Terminal, stock: redis.Redis) -> None:
+    terminal.fill(lambda client: client.set("secret", FRAME))
+    stock.acl_setuser("reader", enabled=True, reset=True, passwords=["+pw"], keys=["open*"], categories=["+@all"])
+    try:
+        reader = Terminal(f"unix://reader:pw@{terminal.url.removeprefix('unix://')}")
+        for arguments in (["show", "secret"], ["show", "secret", "--json"]):
+            assert "secret: NOPERM" in reader.error(*arguments)
+    finally:
+        stock.acl_deluser("reader")
 
 
 def test_png_has_the_pixels_of_the_array(terminal: Terminal, stock: redis.Redis, tmp_path: Path) -> None:
@@ -512,7 +533,7 @@ def test_ctrl_c_ends_get_into_a_pipe_that_nobody_reads(terminal: Terminal, tmp_p
 
 def test_what_is_too_long_is_not_read_to_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(values, "MAX_VALUE", 1 << 20)
-    with pytest.raises(UsageError, match="it has more than 1 MiB"):
+    with pytest.raises(DecodeError, match="it has more than 1 MiB"):
         values.source(Path("/dev/zero"))
 
 
@@ -567,15 +588,15 @@ def test_get_leaves_no_half_file(terminal: Terminal, stock: redis.Redis, tmp_pat
     terminal.fill(fill)
     stock.rpush("list", 1)
     (tmp_path / "old.npy").write_text("old")
-    for key, name, message in [
-        ("nothing", "old.npy", "no such key"),
-        ("list", "old.npy", "a list is stored"),
-        ("r", "old.npy", "name the file ….safetensors"),
-        ("a", "x.safetensors", "name the file ….npy"),
-        ("a", "nowhere/x.npy", "No such file"),
-        ("a", ".", "is a folder"),
+    for key, name, code, message in [
+        ("nothing", "old.npy", 1, "no such key"),
+        ("list", "old.npy", 1, "a list is stored"),
+        ("r", "old.npy", 2, "name the file ….safetensors"),
+        ("a", "x.safetensors", 2, "name the file ….npy"),
+        ("a", "nowhere/x.npy", 1, "No such file"),
+        ("a", ".", 2, "is a folder"),
     ]:
-        assert message in terminal.error("get", key, str(tmp_path / name))
+        assert message in terminal.error("get", key, str(tmp_path / name), code=code)
     assert [path.name for path in tmp_path.iterdir()] == ["old.npy"]
     assert (tmp_path / "old.npy").read_text() == "old"
 
@@ -597,7 +618,7 @@ def test_a_large_file_is_mapped_not_read(tmp_path: Path) -> None:
     finally:
         tracemalloc.stop()
     assert (kind, arrays[""].shape) == (Kind.ARRAY, (4 << 20,))
-    with pytest.raises(UsageError):
+    with pytest.raises(DecodeError):
         values.source(Path(__file__))
 
 
@@ -819,6 +840,13 @@ def test_ctrl_c_while_restoring_says_how_much_there_is(
 
 
 @pytest.mark.one_server("of the terminal")
+def test_progress_takes_no_name_for_markup(terminal: Terminal, tmp_path: Path) -> None:
+    done = terminal("save", "[/y]", str(tmp_path / "saved"), code=2, **COLOURS)
+    assert "saving [/y]" in done.stderr
+    assert "a name has 1 to 128 of" in done.stderr
+
+
+@pytest.mark.one_server("of the terminal")
 def test_long_work_shows_progress_on_a_terminal(terminal: Terminal, tmp_path: Path) -> None:
     terminal.fill(lambda client: fill_replay(client, count=2000))
     folder = str(tmp_path / "saved")
@@ -868,7 +896,7 @@ def test_serve_until_ctrl_c(serving: Callable[..., subprocess.Popen[str]], tmp_p
         stock.config_set("maxmemory", "1mb")  # which the server warns of
         assert "maxmemory" in process.stderr.readline()
     said = runner().invoke(app, ["serve", "--unix", str(link)])
-    assert (said.exit_code, "exists already" in said.stderr) == (1, True)
+    assert (said.exit_code, "exists already" in said.stderr) == (2, True)
     process.send_signal(signal.SIGINT)
     output, errors = process.communicate(timeout=10)
     assert (process.returncode, output) == (130, "")
@@ -920,6 +948,31 @@ def test_no_server_is_one_line(arguments: list[str], monkeypatch: pytest.MonkeyP
     assert (done.exit_code, done.stdout) == (1, "")
     assert "/nowhere/s.sock" in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.one_server("of the call")
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["put", "a", "a.npy", "--ttl", "0"], "ttl"),
+        (["put", "a", "a.npy", "--codec", "zzz"], "unknown codec 'zzz'"),
+        (["bench", "--shape", "0"], "no array to measure with"),
+        (["doctor", "--dtype", "object"], "no array to measure with"),
+        (["restore", "nowhere"], "there is no such folder"),
+    ],
+    ids=["ttl", "codec", "shape", "dtype", "folder"],
+)
+def test_a_wrong_call_is_exit_code_2(
+    terminal: Terminal, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    np.save("a.npy", FRAME)
+    assert message in terminal.error(*arguments, code=2)
+
+
+@pytest.mark.parametrize("arguments", [*CLIENTS, ["bench"], ["doctor"]], ids=lambda arguments: arguments[0])
+def test_a_url_that_is_none_is_exit_code_2(arguments: list[str]) -> None:
+    assert "this is no URL of a server" in Terminal("foo://x").error(*arguments, code=2)
 
 
 def test_shells_complete_commands_and_options() -> None:

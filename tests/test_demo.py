@@ -240,11 +240,11 @@ def test_a_simulator_that_dies_is_noticed(start: Start) -> None:
 @pytest.mark.parametrize(
     ("options", "code", "message"),
     [
-        (["--runs", "0"], 1, "--runs is at least 1, not 0"),
-        (["--env", "Pendulum-v1"], 1, "not Discrete"),
-        (["--env", "NoSuch-v0"], 1, "cannot make the environment 'NoSuch-v0'"),
+        (["--runs", "0"], 2, "--runs is at least 1, not 0"),
+        (["--env", "Pendulum-v1"], 2, "not Discrete"),
+        (["--env", "NoSuch-v0"], 2, "cannot make the environment 'NoSuch-v0'"),
         (["--url", "unix:///nowhere.sock"], 1, "/nowhere.sock"),
-        (["--plot", "/nowhere/demo.png"], 1, "/nowhere/demo.png: there is no such folder"),
+        (["--plot", "/nowhere/demo.png"], 2, "/nowhere/demo.png: there is no such folder"),
     ],
 )
 def test_errors_are_one_line(start: Start, options: list[str], code: int, message: str) -> None:

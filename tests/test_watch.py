@@ -460,7 +460,7 @@ def test_live_picture_and_what_happens_to_the_server_meanwhile(own_server: Serve
     ("arguments", "code", "says"),
     [
         (["r"], 2, "which server? --url"),
-        (["a name", "--url", "{url}"], 1, "a name has 1 to 128 of"),
+        (["a name", "--url", "{url}"], 2, "a name has 1 to 128 of"),
         (["r", "--url", "redis://127.0.0.1:1"], 1, "no connection to redis://127.0.0.1:1"),
     ],
 )

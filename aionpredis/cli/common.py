@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
 
 import typer
 
-from aionpredis.errors import AionpredisError
+from aionpredis.errors import AionpredisError, UsageError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -87,7 +87,7 @@ def given(url: str | None) -> str:
 @contextmanager
 def in_one_line() -> Iterator[None]:
     """An error of this package or the system's (a file cannot be written, …), and Ctrl-C, end the command with a line on
-    stderr.
+    stderr; with 2 if what the command was given is wrong.
     """
     from aionpredis.demo.failure import cause_of
 
@@ -101,7 +101,7 @@ def in_one_line() -> Iterator[None]:
             raise
         if isinstance(cause, BrokenPipeError):  # who read stdout (head, …) has seen enough; typer ends it silently
             raise cause from None
-        fail(str(cause))
+        fail(str(cause), 2 if isinstance(cause, UsageError) else 1)
 
 
 def until_done(
@@ -147,7 +147,8 @@ def progress(what: str) -> Iterator[Callable[[int, int | None], None]]:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    text = TextColumn("{task.description}", markup=False)  # it names what the user named
+    columns = text, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     errors = Console(stderr=True)
     if not errors.is_terminal:
         yield lambda done, total: None

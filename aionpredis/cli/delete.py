@@ -116,11 +116,11 @@ async def _delete(client: Client, survey: Survey, deleted: dict[str, int]) -> No
 
 async def _check_policy(client: Client, group: Group | None) -> None:
     """Stop before a policy that stood alone and is a replay's by now: nobody has fenced that."""
-    from aionpredis.errors import UsageError
+    from aionpredis.errors import AionpredisError
     from aionpredis.replay.log import Names
 
     if group is not None and group.kind == "policy" and await client.exists(Names(group.name).log):
-        raise UsageError(
+        raise AionpredisError(
             f"{group.name} is a replay by now, no policy that stands alone: look at it and delete it again"
         )
 

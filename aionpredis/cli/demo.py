@@ -37,7 +37,7 @@ def demo(
     needed += ["matplotlib"] if plot is not None else []
     need(*needed, extra="demo")
     if plot is not None and not plot.absolute().parent.is_dir():
-        fail(f"{plot}: there is no such folder")
+        fail(f"{plot}: there is no such folder", 2)
 
     from rich.console import Console
 

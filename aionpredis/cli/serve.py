@@ -48,7 +48,7 @@ def serve(
     from aionpredis.server import Server
 
     if unix is not None and (unix.exists() or (unix.is_symlink() and unix.readlink().name != SOCKET)):
-        fail(f"{unix} exists already")
+        fail(f"{unix} exists already", 2)
     server = Server(port=port, config={} if memory is None else {"maxmemory": memory})
 
     async def work() -> None:

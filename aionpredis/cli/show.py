@@ -51,14 +51,18 @@ def show(
     import anyio.to_thread
 
     from aionpredis.cli import values
+    from aionpredis.errors import UsageError
 
     stream = png if png is not None and values.is_stream(png) else None
     file = png if stream is None else None
     wants_picture = not as_json or png is not None
 
     async def work(client: Client) -> tuple[Entry, list[_Shown], NDArray[np.uint8] | None]:
-        entry = await values.looked(client, key)
+        entry = values.permitted(await values.looked(client, key))
         if entry.about is None or entry.about.kind is None:
+            if index is not None or column is not None:
+                option = f"--index {index}" if column is None else f"--column {column}"
+                raise UsageError(f"{option}: neither an array nor a record is stored there, but: {entry.kind}")
             return entry, [], None
         _, arrays = await values.load(client, entry)
         return entry, *await anyio.to_thread.run_sync(_look_at, arrays, column, index, wants_picture, file)

@@ -17,7 +17,7 @@ from aionpredis import codecs
 from aionpredis.cli.common import shown
 from aionpredis.cli.survey import Entry, key_of, look
 from aionpredis.codecs import Kind
-from aionpredis.errors import DecodeError, NotAnArray, UsageError, WrongKind
+from aionpredis.errors import AionpredisError, DecodeError, NotAnArray, UsageError, WrongKind
 from aionpredis.names import check_name
 from aionpredis.replay.log import Names
 from aionpredis.requests import MAX_VALUE
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from aionpredis.client import Client
 
-__all__ = ["Arrays", "is_stream", "load", "looked", "opened", "source", "write"]
+__all__ = ["Arrays", "is_stream", "load", "looked", "opened", "permitted", "source", "write"]
 
 Arrays = dict[str, NDArray[Any]]
 """Columns of a record; an array is the only one, and its name is empty."""
@@ -38,7 +38,7 @@ async def looked(client: Client, name: str) -> Entry:
     """What is stored there.
 
     Raises:
-        UsageError: nothing.
+        AionpredisError: nothing.
     """
     for entry in await look(client, [key_of(name)]):
         return entry
@@ -46,9 +46,20 @@ async def looked(client: Client, name: str) -> Entry:
         is_replay = await client.exists(Names(check_name(name)).log)
     except UsageError:
         is_replay = False
-    raise UsageError(
+    raise AionpredisError(
         f"no such key: {shown(name)}" + (f"; it is a replay: see `aionpredis ls {name}`" if is_replay else "")
     )
+
+
+def permitted(entry: Entry) -> Entry:
+    """The entry.
+
+    Raises:
+        AionpredisError: this user may not look at what is stored there.
+    """
+    if entry.kind == "forbidden":
+        raise AionpredisError(f"{shown(entry.key)}: {entry.problem}")
+    return entry
 
 
 async def load(client: Client, entry: Entry) -> tuple[Kind, Arrays]:
@@ -56,15 +67,13 @@ async def load(client: Client, entry: Entry) -> tuple[Kind, Arrays]:
 
     Raises:
         NotAnArray: neither an array nor a record.
-        UsageError: this user may not look at it, or it is gone.
+        AionpredisError: this user may not look at it, or it is gone.
     """
-    if entry.kind == "forbidden":
-        raise UsageError(f"{shown(entry.key)}: {entry.problem}")
-    if entry.stored is None:
+    if permitted(entry).stored is None:
         raise NotAnArray(f"a {entry.kind} is stored, neither an array nor a record", key=entry.key)
     value = await client.get_value(entry.key)
     if value is None:
-        raise UsageError(f"no such key any more: {shown(entry.key)}")
+        raise AionpredisError(f"no such key any more: {shown(entry.key)}")
     return await anyio.to_thread.run_sync(opened, value.data, entry.key)
 
 
@@ -81,7 +90,7 @@ def source(path: Path) -> tuple[Kind, Arrays]:
     they are sent. Stdin and pipes are read. Blocks until they end, so no event loop may wait for it.
 
     Raises:
-        UsageError: it holds neither an array nor a record; pickled objects, too.
+        DecodeError: it holds neither an array nor a record; pickled objects, too.
     """
     try:
         if path == Path("-"):
@@ -93,7 +102,7 @@ def source(path: Path) -> tuple[Kind, Arrays]:
             raise NotAnArray("it is empty")
         return opened(np.memmap(path, np.uint8, "r").data)
     except DecodeError as error:
-        raise UsageError(f"{path}: {error}") from None
+        raise DecodeError(f"{path}: {error}") from None
 
 
 def _read(file: BinaryIO) -> memoryview:
