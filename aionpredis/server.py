@@ -104,7 +104,7 @@ _MALLOC: Final = {
 }
 
 # The kernel's limit for the path of a Unix socket, with the final zero: 108 on Linux, 104 on macOS and the BSDs.
-_SOCKET_PATH_MAX: Final = 103
+SOCKET_PATH_MAX: Final = 103
 
 # A poll of the socket while the server starts costs about 20 µs, the start itself 10 (Redis) to 40 ms (Valkey 9).
 _START_POLL: Final = 0.001
@@ -373,7 +373,7 @@ def _new_folder() -> Path:
     name = f"aionpredis-{secrets.token_hex(8)}"
     for parent in (Path(tempfile.gettempdir()), Path("/tmp")):
         folder = parent.absolute() / name
-        if len(os.fsencode(folder / "s.sock")) <= _SOCKET_PATH_MAX and "\n" not in str(folder):
+        if len(os.fsencode(folder / "s.sock")) <= SOCKET_PATH_MAX and "\n" not in str(folder):
             return folder
     raise AssertionError("/tmp is short enough")
 

@@ -17,6 +17,7 @@ import tracemalloc
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import anyio.to_thread
@@ -902,6 +903,24 @@ def test_serve_until_ctrl_c(serving: Callable[..., subprocess.Popen[str]], tmp_p
     assert (process.returncode, output) == (130, "")
     assert errors == "aionpredis: interrupted by SIGINT; what was stored in the server is gone\n"
     assert not link.is_symlink()
+
+
+@needs_server
+def test_serve_refuses_a_path_that_no_client_could_connect_to(
+    serving: Callable[..., subprocess.Popen[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with TemporaryDirectory(dir="/tmp") as short:
+        folder = Path(short, "f" * (100 - len(short)))
+        folder.mkdir()
+        monkeypatch.chdir(folder)  # what counts is its length from the root
+        said = runner().invoke(app, ["serve", "--unix", "s.sock"])
+        assert (said.exit_code, said.stdout) == (2, "")
+        assert said.stderr == f"aionpredis: {folder}/s.sock: the path of a socket has at most 103 bytes\n"
+        process = serving("--unix", "s")
+        assert process.stdout is not None
+        url = process.stdout.readline().removeprefix("export REDIS_URL=").strip()
+        assert len(url) == len("unix://") + 103
+        Terminal(url).json("ls")
 
 
 @needs_server

@@ -45,10 +45,12 @@ def serve(
     import anyio.to_thread
 
     from aionpredis.errors import AionpredisError
-    from aionpredis.server import Server
+    from aionpredis.server import SOCKET_PATH_MAX, Server
 
     if unix is not None and (unix.exists() or (unix.is_symlink() and unix.readlink().name != SOCKET)):
         fail(f"{unix} exists already", 2)
+    if unix is not None and len(os.fsencode(unix.absolute())) > SOCKET_PATH_MAX:
+        fail(f"{unix.absolute()}: the path of a socket has at most {SOCKET_PATH_MAX} bytes", 2)
     server = Server(port=port, config={} if memory is None else {"maxmemory": memory})
 
     async def work() -> None:
