@@ -413,6 +413,14 @@ def test_clients_share_a_thread_that_ends_with_the_last(url: str) -> None:
     assert portals() == 0
 
 
+def test_leaving_a_block_that_was_never_entered_is_a_usage_error(client: blocking.Client) -> None:
+    replay = client.replay("r", SCHEMA)
+    replay.begin_run()
+    for never in (client.writer(), replay.actor(), replay.vector_actor(1), blocking.Loader(replay.epoch())):
+        with pytest.raises(UsageError, match="never entered: use it in a `with` block"):
+            never.__exit__(None, None, None)
+
+
 @pytest.mark.one_server("connections are counted on it")
 def test_client_that_nobody_knows_any_more_is_closed(url: str, stock: redis.Redis) -> None:
     before = len(stock.client_list())

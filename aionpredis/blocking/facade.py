@@ -53,7 +53,8 @@ class Entered(Facade[A]):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> bool | None:
-        assert self._host is not None
+        if self._host is None:
+            raise UsageError(f"this {type(self).__name__} was never entered: use it in a `with` block")
         return self._loop.leave(self._host, kind, error, trace)
 
 
