@@ -413,6 +413,45 @@ def test_clients_share_a_thread_that_ends_with_the_last(url: str) -> None:
     assert portals() == 0
 
 
+def test_closed_client_says_connect_again_while_another_is_open(client: blocking.Client) -> None:
+    other = blocking.connect(client.url)
+    replay = other.replay("r", SCHEMA)
+    says = r"the client is closed: call blocking\.connect\(\) again$"
+    with pytest.raises((UsageError, WriteFailed), match=says), other.writer() as writer:
+        other.close()
+        writer.put("a", np.eye(2))
+    calls: list[Callable[[], object]] = [
+        *(lambda: other.get("a"), lambda: next(other.scan()), lambda: other.execute("PING"), other.__enter__),
+        *(other.writer().__enter__, replay.begin_run, lambda: next(replay.policy.watch())),
+    ]
+    for call in calls:
+        with pytest.raises(UsageError, match=f"^{says}"):
+            call()
+
+
+def test_errors_of_use_speak_of_calls_without_async(client: blocking.Client) -> None:
+    replay = client.replay("r", SCHEMA)
+    replay.begin_run()
+    transition = {"state": np.zeros(3, np.uint8), "uid": 1, "terminated": False}
+    lanes = {name: np.array([value]) for name, value in transition.items()}
+    loader = blocking.Loader(replay.epoch())
+    with replay.actor() as actor, replay.vector_actor(1) as vector_actor:
+        calls: list[tuple[str, Callable[[], object]]] = [
+            ("of its `with` block", lambda: client.writer().put("a", np.eye(2))),
+            ("of its `with` block", lambda: client.writer().put_record("a", {"x": np.eye(2)})),
+            ("of its `with` block", replay.actor().join),
+            ("of its `with` block", lambda: next(loader)),
+            (r"`actor\.join\(\)`", lambda: actor.append(**transition)),
+            (r"`actor\.join\(\)`", actor.flush),
+            (r"`actor\.join\(\)`", lambda: vector_actor.append(**lanes)),
+        ]
+        for says, call in calls:
+            with pytest.raises(UsageError, match=says) as caught:
+                call()
+            assert "async" not in str(caught.value)
+            assert "await" not in str(caught.value)
+
+
 def test_leaving_a_block_that_was_never_entered_is_a_usage_error(client: blocking.Client) -> None:
     replay = client.replay("r", SCHEMA)
     replay.begin_run()

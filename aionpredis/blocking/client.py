@@ -45,7 +45,7 @@ class Client(Facade[aionpredis.Client]):
 
     def __enter__(self) -> Self:
         if not self._forgotten.alive:
-            raise UsageError("the client is closed: call blocking.connect() again")
+            raise UsageError(loop.CLOSED)
         return self
 
     def __exit__(

@@ -22,11 +22,19 @@ import anyio
 from anyio.abc import TaskGroup, TaskStatus
 from anyio.from_thread import start_blocking_portal
 
-from aionpredis.errors import UsageError
+from aionpredis.errors import UsageError, WriteFailed
 from aionpredis.loop import backend_options
 from aionpredis.wire.ready import from_threads
 
-__all__ = ["Host", "Loop", "acquire", "release"]
+__all__ = ["CLOSED", "Host", "Loop", "acquire", "release", "without_async"]
+
+CLOSED = "the client is closed: call blocking.connect() again"
+HERE = {
+    "the client is not open: use it inside of `async with aionpredis.connect(…) as client:`": CLOSED,  # it was opened when made
+    "`async with": "`with",
+    "`await ": "`",
+}
+"""What the errors of async classes say, and what is to be done without async."""
 
 T = TypeVar("T")
 
@@ -124,7 +132,7 @@ class Loop:
                 "this was opened in another process, of which this one is a fork: call blocking.connect() again, here"
             )
         if self._ended:
-            raise UsageError("the client is closed: call blocking.connect() again")
+            raise UsageError(CLOSED)
 
     def end(self) -> None:
         """Cancel what runs, and end the thread."""
@@ -158,6 +166,15 @@ def _raise_kept(owner: _Call[Any] | Host) -> NoReturn:
         raise error
     finally:
         del error  # it refers to this frame
+
+
+def without_async(error: BaseException) -> None:
+    """Let an async class' error about its use, or a writer's with such a reason, say what is to be done without async."""
+    if isinstance(error, UsageError | WriteFailed):
+        text = str(error)
+        for theirs, ours in HERE.items():
+            text = text.replace(theirs, ours)
+        error.args = (text,)
 
 
 class _Call(Generic[T]):
@@ -216,6 +233,7 @@ class _Call(Generic[T]):
 
     def result(self) -> T:
         if self._error is not None:
+            without_async(self._error)
             _raise_kept(self)
         if not self._values:
             raise UsageError("the client was closed meanwhile")

@@ -17,8 +17,9 @@ import anyio.lowlevel
 
 import aionpredis
 from aionpredis.blocking.facade import Entered, like
-from aionpredis.blocking.loop import Loop
+from aionpredis.blocking.loop import Loop, without_async
 from aionpredis.codecs import Codec
+from aionpredis.errors import UsageError
 from aionpredis.requests import Key, encode_array, encode_record
 from aionpredis.wire.resp import Buffer
 
@@ -82,7 +83,11 @@ class Writer(Entered[aionpredis.Writer]):
         self._loop.check()
         if writer.failed:
             self._loop.call(self._report)
-        command, size, settle = writer.encode_item(encoder, key, value, ttl)
+        try:
+            command, size, settle = writer.encode_item(encoder, key, value, ttl)
+        except UsageError as error:
+            without_async(error)
+            raise
         if settle:  # never in the outbox: there the caller's memory would outlast an interrupted call
             self._loop.call(self._settle, key, command, size)
             return

@@ -181,9 +181,12 @@ class Actor:
             if not self._goes_on():
                 wait(self._turn)
 
-        def late(**values: object) -> None:
+        async def next_chunk() -> None:
             self._check_joined()
-            wait(self._next_chunk)
+            await self._next_chunk()
+
+        def late(**values: object) -> None:
+            wait(next_chunk)
             self.append(**values)  # this thread's own
 
         self._soon = soon
