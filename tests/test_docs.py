@@ -313,6 +313,16 @@ def test_pictures_of_results_are_those_of_the_figures() -> None:
             assert "rate" not in figures or f"{figures['rate']['median']:,.0f}" in texts, contender
 
 
+def test_what_bench_writes_is_as_much_as_the_page_says() -> None:
+    """That a replay has as much again: test_doctor.py."""
+    pytest.importorskip("typer", reason='needs pip install "aionpredis[cli]"')
+    from aionpredis.cli.bench import NBYTES
+
+    page = (ROOT / "docs" / "terminal.md").read_text(encoding="utf-8")
+    assert f"About {2 * NBYTES / 1e6:.0f} MB are on the server at a time" in page
+    assert f"more than {NBYTES / 1e6:.0f} MB one in each" in page
+
+
 # The site
 
 

@@ -331,6 +331,9 @@ async def test_a_probe_is_bounded_and_leaves_nothing(url: str, stock: redis.Redi
             data = [key for key in stock.scan_iter() if key.count(b":") == 2]
             assert len(data) == probe.count
             assert all(0 < stock.ttl(key) <= 120 for key in data)
+            # arrays, and a replay with as much: docs/terminal.md
+            there = sum(stock.strlen(key) for key in stock.scan_iter(_type="STRING"))
+            assert 2 * 0.95 < there / (1 << 20) < 2 * 1.05
         assert stock.keys() == []
 
 

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 __all__ = ["bench"]
 
 NBYTES = 32 << 20
-"""That are written to the server at a time; as much again by the replay."""
+"""Of arrays that are on the server at a time; the replay has as much again."""
 
 
 def bench(
