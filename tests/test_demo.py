@@ -245,6 +245,7 @@ def test_a_simulator_that_dies_is_noticed(start: Start) -> None:
         (["--env", "NoSuch-v0"], 2, "cannot make the environment 'NoSuch-v0'"),
         (["--url", "unix:///nowhere.sock"], 1, "/nowhere.sock"),
         (["--plot", "/nowhere/demo.png"], 2, "/nowhere/demo.png: there is no such folder"),
+        (["--plot", "/tmp/demo.txt"], 2, "/tmp/demo.txt: matplotlib draws no .txt, but eps, "),
     ],
 )
 def test_errors_are_one_line(start: Start, options: list[str], code: int, message: str) -> None:

