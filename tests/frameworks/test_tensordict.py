@@ -9,7 +9,7 @@ import pytest
 from numpy.typing import NDArray
 
 import aionpredis
-from aionpredis import EncodeError, UsageError
+from aionpredis import EncodeError, NStep, UsageError
 
 torch: Any = pytest.importorskip("torch", reason="torch is not installed")
 tensordict: Any = pytest.importorskip("tensordict", reason="tensordict is not installed")
@@ -75,6 +75,70 @@ async def test_transitions_of_lanes_go_there_and_back(url: str) -> None:
     found = {tuple(each["observation"].flatten().tolist()) for each in received.reshape(3, 16)}
     lanes = torch.stack(sent, 1)
     assert found == {tuple(lane["observation"].flatten().tolist()) for lane in lanes}
+
+
+def rand_step(*lanes: int, terminated: bool = False, before: bool = False) -> Any:
+    """As TorchRL's environments have it. At the root is what the step before has led to."""
+    ends = {"terminated": terminated, "truncated": False, "done": terminated}
+    return tensordict.TensorDict(
+        {
+            "observation": torch.rand(*lanes, 4),
+            **{name: torch.full((*lanes, 1), before) for name in ends},
+            "next": {
+                "observation": torch.rand(*lanes, 4),
+                "reward": torch.ones(*lanes, 1),
+                **{name: torch.full((*lanes, 1), value) for name, value in ends.items()},
+            },
+        },
+        batch_size=lanes,
+    )
+
+
+@pytest.mark.parametrize("lanes", [(), (3,)])
+async def test_replay_knows_where_the_episodes_of_a_tensordict_end(url: str, lanes: tuple[int, ...]) -> None:
+    schema = schema_of(rand_step(*lanes))
+    assert schema.episode_ends == ("terminated", "truncated")
+    assert {"next_terminated", "next_truncated"}.isdisjoint(schema)
+    ends = [number % 5 == 4 for number in range(20)]
+    async with aionpredis.connect(url) as client:
+        replay: Any = client.replay("r", schema, chunk=20)
+        await replay.begin_run()
+        async with replay.vector_actor(*lanes) if lanes else replay.actor() as actor:
+            await actor.join()
+            for number, end in enumerate(ends):
+                before = number > 0 and ends[number - 1]
+                await actor.append(**as_columns(rand_step(*lanes, terminated=end, before=before)))
+        count = 20 * (lanes[0] if lanes else 1)
+        batch = await anext(await replay.epoch(batch=count, shuffle=False))
+        sampler = await replay.sampler(batch=200, length=3)
+        slices = await sampler.sample()
+        n_step = NStep(5, columns=["observation"], reward="next_reward")
+        targets = await (await replay.sampler(batch=200, n_step=n_step)).sample()
+    assert batch["terminated"].reshape(-1, 20).tolist() == [ends] * (count // 20)
+    assert not batch["truncated"].any()
+    assert not slices["terminated"][:, :-1].any()  # none goes on behind an end
+    assert slices["terminated"][:, -1].any()
+    assert not targets["discount"].any()  # each is less than 5 steps from the end of its episode
+    tensors = as_tensordict(batch)
+    assert tensors["terminated"].shape == (count,)
+    assert as_columns(tensors).keys() == schema.keys()  # what was received can be appended as it is
+
+
+def test_columns_have_the_ends_of_episodes_that_come_next() -> None:
+    columns = as_columns(rand_step(3, terminated=True, before=False))
+    assert columns["terminated"].tolist() == [True] * 3
+    sent = rand_step(3)
+    assert as_columns(sent)["terminated"].ctypes.data == sent["next", "terminated"].data_ptr()
+    alone = tensordict.TensorDict({"terminated": torch.tensor(True)})  # no ("next", …): it is of this step
+    assert as_columns(alone)["terminated"].item() is True
+
+
+def test_ends_that_no_episode_would_have_are_refused() -> None:
+    for wrong in (torch.zeros(2, dtype=torch.bool), torch.zeros(1)):
+        with pytest.raises(UsageError, match=r"'terminated' is .* one bool for each transition"):
+            schema_of(tensordict.TensorDict({"next": {"terminated": wrong}}))
+    with pytest.raises(UsageError, match="'truncated' is bool of shape"):
+        schema_of(tensordict.TensorDict({"truncated": torch.zeros(1, dtype=torch.bool)}))
 
 
 def test_columns_share_the_memory_of_the_tensordict() -> None:
