@@ -74,8 +74,8 @@ FOR_MODULES = {
         ),
     },
     aionpredis.Writer: {"accept_item", "encode_item", "failed", "has_room", "report", "settle_item"},
-    aionpredis.Actor: {"append_from_thread", "forsake"},
-    aionpredis.VectorActor: {"rows"},
+    aionpredis.Actor: {"append_from_thread", "cut", "forsake"},
+    aionpredis.VectorActor: {"cut", "rows"},
 }
 """What the async classes have for the modules built on them, and not for users."""
 SPECIAL = {"__aiter__": "__iter__", "__anext__": "__next__", "__aenter__": "__enter__", "__aexit__": "__exit__"}

@@ -117,6 +117,7 @@ class VectorActor(Entered[aionpredis.VectorActor]):
 
     join = waits(aionpredis.VectorActor.join)
     flush = waits(aionpredis.VectorActor.flush)
+    _cut = waits(aionpredis.VectorActor.cut)
 
     @like(aionpredis.VectorActor.append)
     def append(self, where: Where = None, /, **values: Any) -> None:

@@ -64,19 +64,43 @@ class SharedReplayBuffer(ReplayBuffer):
         self._actor = actor
         self._n_step = NStep(steps, discount=model.gamma, columns=["observation"])
         self._samplers: dict[int, blocking.Sampler] = {}  # by the length of a batch
+        # What the last transitions led to, and where it was the end of an episode.
+        self._before: tuple[NDArray[Any], NDArray[np.bool_]] | None = None
+        self._in_a_row = np.zeros(self.n_envs, np.int64)  # transitions of each lane since it was cut
+        self._cuts = 0
 
     def add(self, obs: Any, next_obs: Any, action: Any, reward: Any, done: Any, infos: list[dict[str, Any]]) -> None:
-        """Append a transition of each environment. Raises what ``actor.append`` raises."""
+        """Append a transition of each environment. Raises what ``actor.append`` raises.
+
+        One that does not go on where the last one led to, as after a reset by ``model.learn()``, begins a trajectory.
+        """
         if self._actor is None:
             return
+        obs, next_obs = (each.reshape(self.n_envs, *self.observation_space.shape) for each in (obs, next_obs))
+        elsewhere = self._elsewhere(obs)
+        if elsewhere.any():
+            self._cuts += self._actor._cut(elsewhere)
+            self._in_a_row[elsewhere] = 0
+        self._before = None  # until it is appended
         truncated = np.array([info.get("TimeLimit.truncated", False) for info in infos], np.bool_)
         self._actor.append(
-            observation=obs.reshape(self.n_envs, *self.observation_space.shape),
+            observation=obs,
             action=self._of_environment(action.reshape(self.n_envs, *self.action_space.shape)),
             reward=reward,
             terminated=np.logical_and(done, ~truncated),
             truncated=truncated,
         )
+        self._before = next_obs.copy(), np.array(done, np.bool_)
+        self._in_a_row += 1
+
+    def _elsewhere(self, obs: NDArray[Any]) -> NDArray[np.bool_]:
+        """Whether an environment, its episode not over, was not left in ``obs``."""
+        if self._before is None:  # the actor's last ones are of another buffer, or an append failed
+            return np.ones(self.n_envs, np.bool_)
+        next_obs, done = self._before
+        differs = (obs != next_obs) & (obs == obs)  # NaN is no reset
+        found: NDArray[np.bool_] = differs.reshape(self.n_envs, -1).any(axis=1) & ~done
+        return found
 
     def sample(self, batch_size: int, env: Any = None) -> ReplayBufferSamples:
         """Transitions of all actors, drawn uniformly; waits for others' if the model has no actor.
@@ -106,8 +130,9 @@ class SharedReplayBuffer(ReplayBuffer):
             # The rest of a chunk, or what follows a transition, would come of the model only, which waits.
             self._actor.flush()
             sampler.refresh()
-            enough = self.n_envs * self._n_step.steps  # with one more, a lane has one that as many steps follow
-            if len(sampler) <= enough:
+            steps = self._n_step.steps
+            enough = self.n_envs * steps  # with one more, a lane has one that as many steps follow
+            if self._in_a_row.max() <= steps and len(sampler) <= enough + self._cuts * steps:
                 raise UsageError(
                     f"{len(sampler)} transitions are too few to begin to learn with, in {self.n_envs} lanes and with"
                     f" steps={self._n_step.steps}: make the model with learning_starts={enough} or more"

@@ -458,3 +458,13 @@ class Actor:
             self._committer.ended = True
         self._check()
         self._begin_chunk()
+
+    async def cut(self) -> bool:
+        """Flush, and let what comes next not follow what was appended before; whether there was anything in this run. For
+        :mod:`aionpredis.frameworks.sb3`.
+        """
+        await self.flush()
+        if not self._seq:
+            return False
+        self._seq += 1  # a number that never comes: nothing follows the chunk before it
+        return True

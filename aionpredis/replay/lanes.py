@@ -107,3 +107,7 @@ class VectorActor:
         """Return when all that was appended is acknowledged. Otherwise as :meth:`Actor.flush`."""
         for actor in self.actors:
             await actor.flush()
+
+    async def cut(self, where: NDArray[np.bool_]) -> int:
+        """:meth:`Actor.cut` for the lanes that are true in ``where``; how many were."""
+        return sum([await actor.cut() for actor, here in zip(self.actors, where, strict=True) if here])

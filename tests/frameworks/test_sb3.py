@@ -131,6 +131,75 @@ def test_model_learns_as_soon_as_there_is_something_to_draw(url: str, lanes: int
             assert 0 < actor.stats.acknowledged < actor.stats.appended
 
 
+def test_what_a_second_learn_begins_with_is_no_successor_of_the_first(url: str) -> None:
+    """It resets the environments in mid-episode. SB3's own buffer has the successors of all steps."""
+    env = sb3.common.env_util.make_vec_env("Pendulum-v1", 2, seed=0)
+    with blocking.connect(url) as client:
+        replay = client.replay("pendulum", schema_of(env), chunk=8)
+        replay.begin_run()
+        with replay.vector_actor(2) as actor:
+            actor.join()
+            model = sb3.SAC("MlpPolicy", env, learning_starts=1_000, seed=0)
+            own = model.replay_buffer
+            add, shared = own.add, SharedReplayBuffer(model, replay, actor)
+
+            def add_to_both(*transition: Any) -> None:
+                shared.add(*transition)
+                add(*transition)
+
+            own.add = add_to_both
+            for _ in range(2):
+                model.learn(20)
+                model.learn(10, reset_num_timesteps=False)  # goes on where the environments are
+            shared = SharedReplayBuffer(model, replay, actor)  # knows nothing of the last steps
+            model.learn(20)
+            assert actor.stats.appended == 80
+            samples = shared.sample(4_000)
+    kept = zip(own.observations[:40].reshape(-1, 3), own.next_observations[:40].reshape(-1, 3), strict=True)
+    successors = {obs.tobytes(): following.tobytes() for obs, following in kept}
+    drawn = {
+        obs.tobytes(): following.tobytes()
+        for obs, following in zip(samples.observations.numpy(), samples.next_observations.numpy(), strict=True)
+    }
+    assert drawn.items() <= successors.items()
+    assert len(drawn) == 80 - 2 * 3  # all but the last of each lane before a reset, and at the end
+    assert not samples.dones.any()
+
+
+def test_model_learns_after_runs_too_short_to_learn_of(url: str) -> None:
+    """Nothing follows what they have appended."""
+    env = gymnasium.make("Pendulum-v1")
+    with blocking.connect(url) as client:
+        replay = client.replay("pendulum", schema_of(env))
+        replay.begin_run()
+        with replay.vector_actor(1) as actor:
+            actor.join()
+            model = sb3.SAC("MlpPolicy", env, buffer_size=1, learning_starts=2, train_freq=1)
+            model.replay_buffer = SharedReplayBuffer(model, replay, actor, steps=2)
+            for _ in range(3):
+                model.learn(2)
+            with pytest.raises(UsageError, match=r"6 transitions are too few .* learning_starts=2 or more"):
+                model.replay_buffer.sample(8)
+            model.learn(3)
+            assert actor.stats.appended == 9
+
+
+def test_an_observation_of_nan_is_no_reset(url: str) -> None:
+    env = gymnasium.make("Pendulum-v1")
+    with blocking.connect(url) as client:
+        replay = client.replay("pendulum", schema_of(env), chunk=4)
+        replay.begin_run()
+        with replay.vector_actor(1) as actor:
+            actor.join()
+            model = sb3.SAC("MlpPolicy", env, buffer_size=1)
+            buffer = SharedReplayBuffer(model, replay, actor)
+            observation = np.full((1, 3), np.nan, np.float32)
+            for _ in range(8):
+                buffer.add(observation, observation, np.zeros((1, 1)), np.ones(1), np.zeros(1, bool), [{}])
+            actor.flush()
+            assert actor.stats.chunks == 2
+
+
 class Picture(gymnasium.Env):
     """The same image all the time, with the channels last."""
 
