@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
+import itertools
 import json
 import os
+import shutil
 import struct
+import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
 import anyio
+import anyio.from_thread
+import anyio.lowlevel
 import ml_dtypes
 import numpy as np
 import pytest
@@ -25,6 +31,7 @@ from aionpredis.errors import ServerFull
 from aionpredis.replay.checkpoint import files, load_extra, restoring, saving
 from aionpredis.replay.log import LogReader
 
+from .cancelling import Figures, Stepped
 from .replays import LEASE, SCHEMA, data_keys, fill, kept_keys, kill_connections, replay_of, uids, unnamed_without_ttl
 
 anyio_test = pytest.mark.anyio
@@ -350,6 +357,119 @@ async def test_cancelled_or_failed_save_leaves_nothing(
             await replay.save(tmp_path / "saved", progress=fail)
         assert names_in(tmp_path) == []
         assert await replay.save(tmp_path / "saved") == 400
+
+
+def cancel_of(scope: anyio.CancelScope) -> Callable[[], object]:
+    """What cancels this task: asyncio's own way, which knows nothing of anyio's shields, where there is one."""
+    if anyio.get_cancelled_exc_class() is not asyncio.CancelledError:
+        return scope.cancel
+    task = asyncio.current_task()
+    assert task is not None
+    return task.cancel
+
+
+async def cancelled_at(call: Awaitable[Any], step: int, times: int) -> tuple[bool, bool]:
+    """Cancel a call when it suspends for the ``step``-th time, and as often again when it does so next; whether it came to
+    that, and whether the call then ended by it.
+    """
+    with anyio.CancelScope() as scope:
+        cancel, left = cancel_of(scope), times
+        one = Stepped(call, Figures(), step)
+
+        def cancel_again() -> None:
+            nonlocal left
+            cancel()
+            left -= 1
+            one.step = one.suspended + 1 if left else None
+
+        one.cancel, one.wanted = cancel_again, lambda: left < times
+        try:
+            await one
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            while task is not None and task.cancelling():
+                task.uncancel()
+    return left < times, one.cancelled
+
+
+@anyio_test
+@pytest.mark.one_server("it is about files")
+@pytest.mark.parametrize("times", [1, 2])
+async def test_save_that_its_task_cancels_at_any_await_leaves_nothing(url: str, tmp_path: Path, times: int) -> None:
+    async with aionpredis.connect(url) as client:
+        await filled(client, 20)
+        replay = replay_of(client)
+        for step in itertools.count():
+            folder = tmp_path / f"saved{step}"
+            extra = {"more": {"x": np.ones(3)}}
+            wanted, cancelled = await cancelled_at(replay.save(folder, extra=extra), step, times)
+            if not wanted:
+                break
+            assert names_in(tmp_path) == ([] if cancelled else [folder.name])
+            if not cancelled:  # trio's would have come at an await after the last one
+                assert anyio.get_cancelled_exc_class() is not asyncio.CancelledError
+                shutil.rmtree(folder)
+        assert step > 10
+        assert names_in(tmp_path) == [folder.name]
+
+
+@anyio_test
+@pytest.mark.one_server("it is about files")
+@pytest.mark.parametrize(
+    ("function", "name"),
+    [
+        ("make_beside", "saved"),
+        ("_write", "policy.safetensors"),
+        ("_write", "more.safetensors"),
+        ("_write", "transitions-00000.safetensors"),
+        ("_write", "replay.json"),
+        ("_sync_folder", ""),  # it has its name already
+    ],
+)
+async def test_cancelled_save_waits_until_its_thread_writes_nothing_more(
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, function: str, name: str
+) -> None:
+    begun, go_on = anyio.Event(), threading.Event()
+    original = getattr(files, function)
+
+    def held(path: Path, *args: Any) -> Any:
+        if path.name == name or path == tmp_path:
+            anyio.from_thread.run_sync(begun.set)
+            assert go_on.wait(10)
+        return original(path, *args)
+
+    monkeypatch.setattr(files, function, held)
+    async with aionpredis.connect(url) as client:
+        await filled(client, 20)
+        replay = replay_of(client)
+        ended = False
+        cancels: list[Callable[[], object]] = []
+
+        async def save() -> None:
+            nonlocal ended
+            with anyio.CancelScope() as scope:
+                cancels.append(cancel_of(scope))
+                try:
+                    await replay.save(tmp_path / "saved", extra={"more": {"x": np.ones(3)}})
+                    await anyio.lowlevel.checkpoint()
+                finally:
+                    ended = True
+
+        try:
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(save)
+                await begun.wait()
+                for _ in range(3):
+                    cancels[0]()
+                    for _ in range(10):
+                        await anyio.lowlevel.checkpoint()
+                assert not ended
+                go_on.set()
+        finally:
+            go_on.set()
+        trio_named_it = anyio.get_cancelled_exc_class() is not asyncio.CancelledError
+        at_the_end = name == "replay.json" or function == "_sync_folder"
+        assert names_in(tmp_path) == (["saved"] if trio_named_it and at_the_end else [])
 
 
 @anyio_test

@@ -6,7 +6,9 @@ import io
 import json
 import os
 import re
+import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,8 @@ __all__ = [
     "VERSION",
     "Arrays",
     "Extra",
+    "beside",
+    "discard",
     "extra_path",
     "finish",
     "load_extra",
@@ -124,15 +128,18 @@ def _sync_folder(folder: Path) -> None:
             os.close(handle)
 
 
-def make_beside(folder: Path) -> Path:
-    """A new folder for what will become ``folder``."""
+def beside(folder: Path) -> Path:
+    """A name for what will become ``folder``."""
+    return folder.parent / f"{folder.name}.partial-{os.urandom(4).hex()}"
+
+
+def make_beside(folder: Path, partial_folder: Path) -> None:
+    """Make the folder for what will become ``folder``."""
     if folder.exists() or folder.is_symlink():
         raise UsageError(f"{folder} exists already")
     if not folder.parent.is_dir():
         raise UsageError(f"{folder.parent}: there is no such folder")
-    partial_folder = folder.with_name(f"{folder.name}.partial-{os.urandom(4).hex()}")
     partial_folder.mkdir()
-    return partial_folder
 
 
 def finish(partial_folder: Path, folder: Path, facts: Mapping[str, Any]) -> None:
@@ -149,6 +156,14 @@ def finish(partial_folder: Path, folder: Path, facts: Mapping[str, Any]) -> None
             raise UsageError(f"{folder} exists already: somebody made it meanwhile") from error
         raise
     _sync_folder(folder.parent)
+
+
+def discard(partial_folder: Path, folder: Path | None) -> None:
+    """Delete what was written; ``folder``: the name that it has got already. Nobody sees half of it there."""
+    if folder is not None:
+        with suppress(OSError):
+            folder.rename(partial_folder)
+    shutil.rmtree(partial_folder, ignore_errors=True)
 
 
 def extra_path(folder: Path, name: str) -> Path:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import shutil
+import threading
 import warnings
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from concurrent.futures import Future
 from contextlib import aclosing
 from functools import partial
 from operator import attrgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import anyio
+import anyio.lowlevel
 import anyio.to_thread
 import numpy as np
 from numpy.typing import NDArray
@@ -34,6 +36,8 @@ if TYPE_CHECKING:
     from aionpredis.client import Client
 
 __all__ = ["save", "save_any"]
+
+T = TypeVar("T")
 
 BUNDLE_BYTES = 64 << 20
 """Bytes of transitions in one file, or a single chunk more."""
@@ -128,10 +132,10 @@ class _Saving:
         self._report(0, self._total)
         if weights is not None:
             path, metadata = self._folder / "policy.safetensors", {"version": str(weights.version)}
-            await anyio.to_thread.run_sync(files.write_record, path, weights.weights, metadata)
+            await _to_its_end(partial(files.write_record, path, weights.weights, metadata))
             self.facts["policy"] = weights.version
         for name, record in extra.items():
-            await anyio.to_thread.run_sync(files.write_record, files.extra_path(self._folder, name), record)
+            await _to_its_end(partial(files.write_record, files.extra_path(self._folder, name), record))
             self.facts["extra"].append(name)
         await transfer(self._bundles(), self._write)
 
@@ -161,7 +165,7 @@ class _Saving:
         async for bundle in bundles:
             if bundle.rows:
                 name = f"transitions-{len(self.facts['bundles']):05}.safetensors"
-                size = await anyio.to_thread.run_sync(bundle.write, self._folder / name)
+                size = await _to_its_end(partial(bundle.write, self._folder / name))
                 self.facts["bundles"].append(
                     {"file": name, "bytes": size, "transitions": bundle.rows, "chunks": len(bundle.chunks)}
                 )
@@ -220,6 +224,37 @@ def _gets(keys: list[bytes]) -> tuple[Sequence[Buffer], Reply]:
     return [b"".join(map(get_command, keys))], ValueReply(len(keys))
 
 
+async def _to_its_end(step: Callable[[], T]) -> T:
+    """Do it in a worker thread, and return, or let a cancellation out, when it is done.
+
+    A ``task.cancel()`` of asyncio's, ``asyncio.timeout`` too, knows nothing of anyio's shields: it ends the wait for the
+    thread, which goes on.
+    """
+    await anyio.lowlevel.checkpoint_if_cancelled()
+    outcome: Future[T] = Future()
+    lock = threading.Lock()
+
+    def work() -> None:
+        with lock:  # until a thread is done that nobody waits for any more
+            if outcome.done():
+                return
+            try:
+                outcome.set_result(step())
+            except BaseException as error:
+                outcome.set_exception(error)
+
+    cancellation: BaseException | None = None
+    with anyio.CancelScope(shield=True):
+        while not outcome.done():
+            try:
+                await anyio.to_thread.run_sync(work)
+            except anyio.get_cancelled_exc_class() as error:
+                cancellation = error
+    if cancellation is not None:
+        raise cancellation
+    return outcome.result()
+
+
 async def save(
     client: Client,
     names: Names,
@@ -239,14 +274,22 @@ async def save(
         raise SchemaMismatch(
             f"run {run} of {names.name!r} was begun with other columns than {schema!r}", replay=names.name, run=run
         )
-    partial_folder = await anyio.to_thread.run_sync(files.make_beside, folder)
+    partial_folder = files.beside(folder)
+    saving = _Saving(client, names, schema, run, partial_folder, progress)
+    named = False
+
+    def finish() -> None:
+        nonlocal named
+        files.finish(partial_folder, folder, saving.facts)
+        named = True
+
     try:
-        saving = _Saving(client, names, schema, run, partial_folder, progress)
+        await _to_its_end(partial(files.make_beside, folder, partial_folder))
         await saving.save(extra)
-        await anyio.to_thread.run_sync(files.finish, partial_folder, folder, saving.facts)
+        await _to_its_end(finish)
     except BaseException:
         with anyio.CancelScope(shield=True):  # deletes at most what was written: no end of time
-            await anyio.to_thread.run_sync(partial(shutil.rmtree, partial_folder, ignore_errors=True))
+            await _to_its_end(partial(files.discard, partial_folder, folder if named else None))
         raise
     return saving.facts
 
