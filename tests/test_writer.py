@@ -46,6 +46,18 @@ async def test_everything_is_stored_in_order_whatever_the_bound(url: str, bound:
         assert await client.exists(*(f"small{i}" for i in range(60))) == 60
 
 
+async def test_a_writers_codec_is_its_own(url: str, stock: redis.Redis) -> None:
+    large = np.zeros(1 << 20, np.uint8)
+    async with aionpredis.connect(url, codec="lz4") as client:
+        async with client.writer(codec="raw") as writer:
+            await writer.put("array", STATE)
+            await writer.put("large", large)
+            await writer.put_record("record", {"x": large})
+        for key in ("array", "large", "record"):
+            value: Any = stock.get(key)
+            assert not value.startswith(b"\x04\x22\x4d\x18")
+
+
 async def test_put_takes_a_snapshot(url: str) -> None:
     observation = np.zeros((80, 80), np.uint16)
     async with aionpredis.connect(url) as client:
