@@ -38,6 +38,7 @@ from aionpredis.requests import (
     SLICE,
     Key,
     ValueReply,
+    copied_bytes,
     encode_array,
     encode_record,
     key_bytes,
@@ -711,9 +712,12 @@ class Client:
     async def encode_value(
         self, encoder: Callable[[Any, Codec | None, Key], list[Buffer]], value: Any, codec: str | Codec | None, key: Key
     ) -> list[Buffer]:
-        """A value's bytes, by ``encode_array`` or ``encode_record``; in a worker thread if a codec has much to do."""
+        """A value's bytes, by ``encode_array`` or ``encode_record``; in a worker thread if there is much to compress or to
+        copy.
+        """
         chosen = self.codec if codec is None else codecs.resolve(codec)
-        if chosen is None or nbytes(value) < IN_THREAD:
+        size = nbytes(value)
+        if size < IN_THREAD or (chosen is None and copied_bytes(value) < IN_THREAD):
             return encoder(value, chosen, key)
         return await anyio.to_thread.run_sync(encoder, value, chosen, key)
 

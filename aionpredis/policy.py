@@ -22,7 +22,7 @@ from aionpredis.errors import CorruptValue, EncodeError, ServerError, UsageError
 from aionpredis.formats import npy, safetensors
 from aionpredis.memory import aligned_empty
 from aionpredis.names import check_name
-from aionpredis.requests import IN_THREAD, encode_record, nbytes, set_command, ttl_options
+from aionpredis.requests import IN_THREAD, copied_bytes, encode_record, nbytes, set_command, ttl_options
 
 if TYPE_CHECKING:
     from aionpredis.client import Client
@@ -157,7 +157,10 @@ class Policy:
         """
         client = self._client
         try:
-            parts, shapes = _split(weights)
+            if copied_bytes(weights) < IN_THREAD:
+                parts, shapes = _split(weights)
+            else:
+                parts, shapes = await anyio.to_thread.run_sync(_split, weights)
         except EncodeError as error:
             error.key = self.name
             raise
@@ -335,7 +338,7 @@ class PolicyWatch:
 def _split(weights: Mapping[str, object]) -> tuple[list[Weights], dict[str, tuple[int, ...]]]:
     """Records of at most ``PART`` bytes of data, in order; and the shapes of the arrays that are cut for that.
 
-    They borrow the memory of the weights.
+    They borrow the memory of the weights, except where an array that is not contiguous is cut within a row.
 
     Raises:
         EncodeError: names the column that cannot stand in a record.

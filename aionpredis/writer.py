@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import anyio
 import anyio.lowlevel
+import numpy as np
 from anyio.abc import TaskGroup
 
 from aionpredis import codecs
@@ -17,6 +18,7 @@ from aionpredis.errors import ConnectError, ServerFull, ServerUnavailable, Usage
 from aionpredis.lane import BATCH_BYTES, BATCH_ITEMS, Batch, Lane
 from aionpredis.replicas import Replicas
 from aionpredis.requests import (
+    IN_THREAD,
     Key,
     encode_array,
     encode_record,
@@ -169,7 +171,7 @@ class Writer:
             WriteFailed: items put before could not be stored. Each is reported once. This one was **not** accepted.
         """
         options = self._options if ttl is None else ttl_options(ttl)
-        if self._codec is None:
+        if self._codec is None and type(array) is np.ndarray and array.nbytes < IN_THREAD:
             command = set_array(key, array, options)
         else:
             value = await self._client.encode_value(encode_array, array, self._stored_as, key)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import threading
 import time
 import warnings
 from pathlib import Path
@@ -38,6 +39,7 @@ from aionpredis.errors import (
     WrongKind,
 )
 from aionpredis.formats import npy
+from aionpredis.formats import safetensors as record_format
 from aionpredis.pipeline import Pipeline
 from aionpredis.requests import MAX_SLICE_KEYS, ValueReply
 from aionpredis.wire.resp import Reply, encode
@@ -251,6 +253,60 @@ async def test_loop_stays_responsive_while_much_data_travels(url: str) -> None:
             tasks.cancel_scope.cancel()
         await client.delete("big")
     assert longest < 0.2
+
+
+WIDE = np.arange(1 << 17, dtype=np.uint32).reshape(256, 512)
+
+
+@pytest.mark.one_server("it is about this process")
+@pytest.mark.parametrize(
+    ("value", "in_thread"),
+    [
+        (WIDE[:, ::2], True),
+        (np.broadcast_to(WIDE[0], (256, 512)), True),
+        (WIDE, False),
+        (WIDE.T, False),
+        (WIDE.astype(">u4"), False),
+        (WIDE[:, :8], False),
+        ({"a": WIDE[:, ::2]}, True),
+        ({"a": WIDE.T}, True),
+        ({"a": WIDE.astype(">u4")}, True),
+        ({"a": WIDE, "b": WIDE[:, :8]}, False),
+    ],
+    ids=[
+        *("array_strided", "array_broadcast", "array", "array_fortran", "array_big_endian", "array_small"),
+        *("record_strided", "record_fortran", "record_big_endian", "record"),
+    ],
+)
+async def test_large_values_are_gathered_in_a_thread_and_small_or_contiguous_ones_are_not(
+    url: str, monkeypatch: pytest.MonkeyPatch, value: Any, in_thread: bool
+) -> None:
+    threads: list[bool] = []
+    loop = threading.get_ident()
+    for module in (npy, record_format):
+
+        def encode(value: Any, encode: Any = module.encode) -> Any:
+            threads.append(threading.get_ident() != loop)
+            return encode(value)
+
+        monkeypatch.setattr(module, "encode", encode)
+    record = isinstance(value, dict)
+    async with aionpredis.connect(url) as client, client.writer() as writer:
+        if record:
+            await client.set_record("set", value)
+            await writer.put_record("put", value)
+        else:
+            await client.set("set", value)
+            await writer.put("put", value)
+        await writer.flush()
+        assert threads == [in_thread] * 2
+        for key in ("set", "put"):
+            if record:
+                got = await client.get_record(key)
+                assert got is not None
+                assert all((got[name] == column).all() for name, column in value.items())
+            else:
+                assert equal(await client.get(key), value)
 
 
 # --- other libraries -------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import threading
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -299,6 +300,28 @@ def unnamed(stock: redis.Redis) -> list[str]:
     entries: Any = stock.xrange("{p}:policy")
     tokens = {fields[b"token"].decode() for _, fields in entries}
     return [key for key in policy_keys(stock) if key.split(":")[3] not in tokens]
+
+
+async def test_a_large_weight_that_is_not_contiguous_is_cut_in_a_thread(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loop, threads = threading.get_ident(), set()
+
+    def cut(array: Any, cut: Any = policy_module._cut) -> Any:
+        threads.add(threading.get_ident() != loop)
+        return cut(array)
+
+    monkeypatch.setattr(policy_module, "_cut", cut)
+    monkeypatch.setattr(policy_module, "PART", 300_000)
+    async with aionpredis.connect(url) as client:
+        policy = client.policy("pi")
+        for array, in_thread in ((np.arange(400_000)[None, ::2], True), (np.arange(200_000)[None], False)):
+            threads.clear()
+            await policy.publish({"w": array})
+            assert threads == {in_thread}
+            latest = await policy.latest()
+            assert latest is not None
+            assert strategies.equal(latest.weights["w"], np.ascontiguousarray(array))
 
 
 @given(weights=RECORDS, part=PARTS)
