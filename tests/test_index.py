@@ -76,6 +76,33 @@ def test_the_index_knows_what_a_plain_list_knows(log: list[ChunkId], data: st.Da
     ]
 
 
+@given(logs(), st.data())
+@settings(max_examples=200, deadline=None)
+def test_idle_chunks_are_those_that_no_open_transition_needs(log: list[ChunkId], data: st.DataObject) -> None:
+    index = Index()
+    ids = index.add(log)
+    barred, gone = (data.draw(st.sets(st.sampled_from(ids.tolist()))) if len(ids) else set() for _ in range(2))
+    newly = index.bar(np.array([*barred, *barred], np.int64))
+    assert newly.tolist() == sorted(barred)
+    assert index.bar(newly).tolist() == []
+    index.discard(np.array(sorted(gone), np.int64))
+    open_ = [number for number in ids.tolist() if number not in barred | gone]
+    assert np.flatnonzero(index.is_open(np.arange(-3, len(ids) + 3))).tolist() == [number + 3 for number in open_]
+    steps = data.draw(st.integers(1, 5))
+    idle = set(index.idle(steps).tolist())
+    path = index.follow(np.array(open_, np.int64), steps + 1) if open_ else np.zeros((0, 1), np.int64)
+    needed = {number for number in path.ravel().tolist() if number >= 0}
+    assert not idle & needed
+    assert idle <= set(ids.tolist()) - gone
+    first = 0
+    for number, chunk in enumerate(log):
+        rows = set(range(first, first + chunk.rows))
+        first += chunk.rows
+        assert idle & rows in (set(), rows - gone)
+        if not gone and not rows & needed:
+            assert rows <= idle, number
+
+
 def test_what_is_long_gone_is_forgotten_and_the_rest_keeps_its_numbers() -> None:
     index = Index()
     for seq in range(3000):

@@ -57,6 +57,9 @@ SCHEMA = Schema(
 )
 NARROW = Schema(state=("float32", (2,)), uid="int64", reward="float32", terminated="bool", truncated="bool")
 
+ENDLESS = Schema(state=("float32", (2,)), uid="int64", reward="float32")
+"""Nothing says where an episode ends: a trajectory is one."""
+
 
 def row(schema: Schema, uid: int, ends: str = "") -> dict[str, Any]:
     values: dict[str, Any] = {
@@ -325,6 +328,72 @@ async def test_nothing_is_sampled_more_often_than_allowed(url: str, selection: t
         assert scope.cancelled_caught
         await write(replay, range(100, 120))
         assert set(check(await sampler.sample(), NARROW).tolist()) <= set(range(100, 120))
+
+
+@pytest.mark.parametrize("options", [{"n_step": NStep(3)}, {"length": 8}], ids=["n-step", "slices"])
+@pytest.mark.parametrize("selection", [Uniform, Prioritized, Shuffled, Fifo, Lifo])
+async def test_a_transition_that_is_used_up_is_there_for_those_that_it_follows(
+    url: str, selection: type[Selection], options: dict[str, Any]
+) -> None:
+    async with aionpredis.connect(url) as client:
+        replay = client.replay("r", ENDLESS, chunk=4)
+        await replay.begin_run()
+        await write(replay, range(320))
+        sampler = await replay.sampler(batch=8, selection=selection(), max_times_sampled=1, seed=1, **options)
+        drawable = 317 if "n_step" in options else 313
+        with anyio.fail_after(20):
+            batches = [await sampler.sample() for _ in range(drawable // 8)]
+        starts = [uid for batch in batches for uid in batch["uid"].reshape(8, -1)[:, 0].tolist()]
+        assert len(starts) == len(set(starts)) == drawable // 8 * 8
+        assert max(starts) < drawable
+        assert len(sampler) == sampler.stats.transitions == 320 - len(starts)
+        if selection is Prioritized:
+            # Of those that are used up nothing is known any more.
+            used = np.concatenate([batch.ids for batch in batches])
+            sampler.update_priorities(used, np.full(len(used), 1e-6))
+            await write(replay, range(1000, 1020))
+            assert ((await sampler.sample()).weights == 1).all()
+
+
+async def test_what_is_used_up_does_not_hold_the_samples_per_insert_back(url: str) -> None:
+    async with aionpredis.connect(url) as client:
+        replay = client.replay("r", ENDLESS, chunk=4)
+        await replay.begin_run()
+        sampler = await replay.sampler(batch=8, length=4, max_times_sampled=1, samples_per_insert=0.5, min_size=40)
+        for start in range(0, 400, 80):
+            await write(replay, range(start, start + 80))
+            for _ in range(5):
+                await sampler.sample()
+            assert (sampler.stats.inserted, sampler.stats.sampled) == (start + 80, (start + 80) // 2)
+            assert len(sampler) == (start + 80) // 2
+
+
+@pytest.mark.one_loop("none of them is the point")
+@pytest.mark.parametrize("selection", [Uniform, Fifo])
+async def test_what_is_used_up_is_forgotten_once_nobody_needs_it(
+    url: str, selection: type[Selection], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(aionpredis.replay.sampler, "MIN_IDLE", 64)
+    async with aionpredis.connect(url) as client:
+        replay = client.replay("r", ENDLESS, chunk=2)
+        await replay.begin_run()
+        sampler = await replay.sampler(batch=8, selection=selection(), n_step=NStep(3), max_times_sampled=1)
+        drawn = 0
+        async with replay.actor() as actor:
+            await actor.join()
+            for start in range(0, 1600, 64):
+                for uid in range(start, start + 64):
+                    await actor.append(**row(ENDLESS, uid))
+                await actor.flush()
+                await sampler.refresh()
+                while drawn + 8 <= start + 64 - 3:
+                    await sampler.sample()
+                    drawn += 8
+        assert len(sampler) == 1600 - drawn < 16
+        index = sampler._index
+        assert index.present_count < 400
+        assert index.span[1] - index.span[0] < 1000
+        assert len(sampler._times) < 400
 
 
 @pytest.mark.parametrize("schema", [SCHEMA, NARROW], ids=["wide", "narrow"])

@@ -399,9 +399,10 @@ class Replay:
         all). ``length``: slices of so many consecutive transitions of one trajectory, that never cross the end of an
         episode. ``n_step``: see :class:`NStep`.
 
-        Limits: ``max_times_sampled``: after so many samples a transition is not drawn any more; 0: no limit. ``min_size``:
-        :meth:`~Sampler.sample` waits until so many transitions are there. ``samples_per_insert``: it also waits rather than
-        draw more transitions than this for each appended one, plus ``tolerance``.
+        Limits: ``max_times_sampled``: after so many samples a transition is not drawn any more, nor counted; 0: no limit. It is
+        still there for those that it follows (``length``, ``n_step``). ``min_size``: :meth:`~Sampler.sample` waits until so
+        many transitions are there. ``samples_per_insert``: it also waits rather than draw more transitions than this for each
+        appended one, plus ``tolerance``.
         """
         _check_count("batch", batch)
         _check_count("length", length)

@@ -121,6 +121,13 @@ class Index:
         found: NDArray[np.bool_] = inside & self._present[np.where(inside, ids - self._base, 0)]
         return found
 
+    def is_open(self, ids: Ids) -> NDArray[np.bool_]:
+        """For each number whether that transition is present and not barred."""
+        inside = (ids >= self._base) & (ids < self._stop)
+        at = np.where(inside, ids - self._base, 0)
+        found: NDArray[np.bool_] = inside & self._present[at] & ~self._barred[at]
+        return found
+
     def present(self) -> Ids:
         """The numbers of all transitions that are present, ascending."""
         return np.flatnonzero(self._present[: self._stop - self._base]) + self._base
@@ -168,9 +175,11 @@ class Index:
         found: NDArray[np.bool_] = inside & self._ends[np.where(inside, ids - self._base, 0)]
         return found
 
-    def bar(self, ids: Ids) -> None:
-        """Do not draw these any more. They are still there for those that they follow."""
-        self._barred[ids - self._base] = True
+    def bar(self, ids: Ids) -> Ids:
+        """Do not draw these any more. They are still there for those that they follow. Those that were open until now."""
+        barred = np.unique(ids[self.is_open(ids)])
+        self._barred[barred - self._base] = True
+        return barred
 
     def is_barred(self, ids: Ids) -> NDArray[np.bool_]:
         """For transitions that are present."""
@@ -184,6 +193,27 @@ class Index:
         self.present_count -= len(gone)
         self._forget()
         return gone
+
+    def idle(self, steps: int) -> Ids:
+        """The numbers of all transitions that are present of chunks that nothing is drawn from: none of their transitions is
+        open, nor one that they follow within so many steps. One that is committed after those that follow it finds none.
+        """
+        chunks = slice(0, self.chunk_count)
+        first, stop = self._first[chunks] - self._base, self._stop - self._base
+        if not stop:
+            return first
+        used = np.logical_or.reduceat(self._present[:stop] & ~self._barred[:stop], first)
+        (last,) = np.nonzero(used)
+        left = np.full(len(last), steps)  # of the steps behind each of these chunks
+        while len(last):
+            last = self._next[last]
+            dead = (last >= 0) & ~used[last]  # behind one that is used all was looked at already, or will be
+            last, left = last[dead], left[dead]
+            used[last] = True
+            left = left - self.lengths(last)
+            last, left = last[left > 0], left[left > 0]
+        idle = np.repeat(~used, self.lengths(np.arange(self.chunk_count)))
+        return np.flatnonzero(idle & self._present[:stop]) + self._base
 
     def committed_until(self, entry: int) -> Ids:
         """The numbers of all transitions that are present of chunks up to this entry of the log."""

@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 
 __all__ = ["NStep", "Sample", "SampleStats", "Sampler"]
 
+MIN_IDLE = 1024
+"""Transitions that were used up since chunks nobody draws from were looked for: then it is done again, if not later."""
+
 REFRESH_SECONDS = 0.01
 """How long what is known of the log may be old. Looking takes ~0.1 ms, 256 transitions of 12.8 kB take 1.5."""
 
@@ -63,9 +66,9 @@ class Sample(dict[str, NDArray[Any]]):
 
 @dataclass
 class SampleStats:
-    """``transitions``: known and present; ``inserted``: seen in the log so far; ``sampled``: drawn; ``lost``: of chunks
-    that were gone from the server when they were wanted (evicted, or the run was dropped); ``waits``: samples that a limit
-    held back.
+    """``transitions``: known, present and not used up; ``inserted``: seen in the log so far; ``sampled``: drawn; ``lost``: of
+    chunks that were gone from the server when they were wanted (evicted, or the run was dropped); ``waits``: samples that a
+    limit held back.
     """
 
     transitions: int = 0
@@ -123,6 +126,10 @@ class Sampler:
         self._found: list[ChunkId] = []  # by a reading of the log that was cancelled between its pages
         self._drawn: list[Ids] = []  # and not handed out yet
         self._times: dict[int, int] = {}
+        self._behind = max(length - 1, 0 if n_step is None else n_step.steps)
+        """How many transitions a sample needs behind the one that is drawn, at most."""
+        self._used_up = 0  # transitions that are there for those that they follow only
+        self._idle_at = MIN_IDLE  # so many of them, and it is time to look which of them nobody needs
         self._fetcher = Fetcher(client, names, schema, log.run, self._index)
         self._empty = empty
         self._recyclers: dict[tuple[str, int], Recycler] = {}
@@ -142,8 +149,8 @@ class Sampler:
         return self._log.run
 
     def __len__(self) -> int:
-        """How many transitions are known and present."""
-        return self._index.present_count
+        """How many transitions are known, present and not used up (``max_times_sampled``)."""
+        return self._index.present_count - self._used_up
 
     def __aiter__(self) -> Sampler:
         return self
@@ -186,7 +193,6 @@ class Sampler:
             await self._lose(lost[~self._index.is_barred(lost)])
             self._put_back([lost])  # it may have been there when it was looked for again
         self._drawn = []
-        self._count(ids)
         batch = Sample(out)
         batch.ids, batch.weights = ids, weights
         self._stats.sampled += len(ids)
@@ -195,7 +201,7 @@ class Sampler:
 
     def update_priorities(self, ids: Ids, priorities: NDArray[np.floating]) -> None:
         """Priorities, such as the absolute TD errors of a batch, for transitions of earlier batches; those that are not
-        present any more are passed over.
+        present any more, or used up, are passed over.
 
         Raises:
             UsageError: the selection is not :class:`Prioritized`, or one of them is negative or not finite.
@@ -207,8 +213,8 @@ class Sampler:
         ids, priorities = np.asarray(ids), np.asarray(priorities)
         if ids.shape != priorities.shape:
             raise UsageError(f"one priority for each transition: {ids.shape} and {priorities.shape}")
-        present = self._index.is_present(ids)
-        self._selection.update(ids[present], priorities[present])
+        known = self._index.is_open(ids)
+        self._selection.update(ids[known], priorities[known])
 
     # --- what is known -------------------------------------------------------------------------------------------------
 
@@ -224,17 +230,19 @@ class Sampler:
         return len(ids)
 
     def _discard(self, ids: Ids) -> int:
+        """How many of them were not used up."""
+        before = len(self)
+        self._selection.remove(self._index.bar(ids))  # it knows nothing of what was barred already
         gone = self._index.discard(ids)
-        self._selection.remove(gone)
         for number in gone.tolist() if self._times else ():
-            self._times.pop(number, None)
-        return len(gone)
+            self._used_up -= self._times.pop(number, 0) >= self._max_times
+        return before - len(self)
 
     async def _lose(self, ids: Ids) -> None:
         """Chunks that samples from these transitions on need were not on the server."""
         if not len(ids):
             return
-        path = self._index.follow(ids, max(self._length, self._n_step.steps + 1 if self._n_step else 1))
+        path = self._index.follow(ids, self._behind + 1)
         gone = [np.zeros(0, np.int64)]
         evictions = losses = 0
         for number in np.unique(self._index.locate(path[path >= 0])[0]).tolist():
@@ -250,14 +258,23 @@ class Sampler:
         self._client.counters.lost += losses
         self._stats.lost += self._discard(np.concatenate(gone))
 
-    def _count(self, ids: Ids) -> None:
-        if self._max_times:
-            for number in ids.tolist():
-                self._times[number] = self._times.get(number, 0) + 1
-
     def _use_up(self, ids: Ids) -> None:
-        if self._max_times:
-            self._discard(np.array([i for i in set(ids.tolist()) if self._times[i] >= self._max_times], np.int64))
+        """They were sampled once more."""
+        if not self._max_times:
+            return
+        ids = ids[self._index.is_present(ids)]  # the capacity may have moved on meanwhile
+        for number in ids.tolist():
+            self._times[number] = self._times.get(number, 0) + 1
+        used = np.array([i for i in set(ids.tolist()) if self._times[i] >= self._max_times], np.int64)
+        self._used_up += len(used)
+        if not self._behind:
+            self._discard(used)
+            return
+        self._selection.remove(self._index.bar(used))
+        if self._used_up >= self._idle_at:
+            self._discard(self._index.idle(self._behind))
+            # It looks at all that is present.
+            self._idle_at = self._used_up + max(MIN_IDLE, self._index.present_count // 4)
 
     # --- limits --------------------------------------------------------------------------------------------------------
 
@@ -318,13 +335,13 @@ class Sampler:
             self._selection.put_back(np.concatenate(drawn))
 
     def _eligible(self, taken: Ids, ids: Ids) -> NDArray[np.bool_]:
-        eligible = self._index.is_present(ids)
+        eligible = self._index.is_open(ids) if self._behind else self._index.is_present(ids)
         if self._max_times and len(taken):
             used_up = [i for i, n in _counts(taken).items() if self._times.get(i, 0) + n >= self._max_times]
             eligible &= ~np.isin(ids, used_up)
-        if self._length > 1 or self._n_step is not None:
+        if self._behind:
             chosen = np.flatnonzero(eligible)
-            eligible[chosen] = ~self._index.is_barred(ids[chosen]) & self._has_followers(ids[chosen])
+            eligible[chosen] = self._has_followers(ids[chosen])
         return eligible
 
     def _within_times(self, ids: Ids, taken: Ids) -> Ids:

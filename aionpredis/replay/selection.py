@@ -29,7 +29,7 @@ class Selection(Protocol):
         """These transitions are new."""
 
     def remove(self, ids: Ids) -> None:
-        """These are not present any more."""
+        """These are not drawn any more."""
 
     def draw(self, count: int, index: Index, eligible: Eligible, rng: np.random.Generator) -> Ids:
         """Up to ``count`` eligible transitions; fewer, at least one, if it is more convenient; none if there are none.
