@@ -207,6 +207,48 @@ async def test_priorities_that_change_while_a_batch_travels_do_not_spoil_its_wei
         tasks.cancel_scope.cancel()
 
 
+@pytest.mark.parametrize("options", [{"n_step": NStep(2)}, {"length": 4}], ids=["n-step", "slices"])
+@pytest.mark.parametrize("flush_every", [0, 3])
+async def test_what_can_never_be_drawn_does_not_count_for_the_weights(
+    url: str, options: dict[str, Any], flush_every: int
+) -> None:
+    """The truncated ones of n-step targets, and the last of an episode that no slice fits behind."""
+    async with aionpredis.connect(url) as client:
+        replay = await filled(client, 60, flush_every=flush_every)
+        sampler = await replay.sampler(batch=64, selection=Prioritized(beta=1.0), seed=1, **options)
+        drawn: dict[int, int] = {}
+        for _ in range(20):
+            batch = await sampler.sample()
+            drawn |= dict(zip(batch.ids.tolist(), batch["uid"].reshape(64, -1)[:, 0].tolist(), strict=True))
+        assert len(sampler) == 60
+        hopeless = {29, 59} if "n_step" in options else {uid for uid in range(60) if uid % 10 > 6}
+        assert set(drawn.values()) == set(range(60)) - hopeless
+        sampler.update_priorities(np.arange(60), np.full(60, 100.0))
+        assert ((await sampler.sample()).weights == 1).all()
+        sampler.update_priorities(np.array(list(drawn)), np.full(len(drawn), 1000.0))
+        assert ((await sampler.sample()).weights == 1).all()
+
+
+@pytest.mark.parametrize("options", [{"n_step": NStep(3)}, {"length": 4}], ids=["n-step", "slices"])
+async def test_what_cannot_be_drawn_yet_is_drawn_later(url: str, options: dict[str, Any]) -> None:
+    async with aionpredis.connect(url) as client:
+        replay = client.replay("r", NARROW, chunk=4)
+        await replay.begin_run()
+        sampler = await replay.sampler(batch=32, selection=Prioritized(), seed=1, **options)
+        async with replay.actor() as actor:
+            await actor.join()
+            seen: set[int] = set()
+            for start in range(0, 40, 5):
+                for uid in range(start, start + 5):
+                    await actor.append(**row(NARROW, uid, end_of(uid)))
+                await actor.flush()
+                await sampler.refresh()
+                for _ in range(20):
+                    seen |= set((await sampler.sample())["uid"].reshape(32, -1)[:, 0].tolist())
+        hopeless = {29} if "n_step" in options else {uid for uid in range(40) if uid % 10 > 6}
+        assert seen == set(range(40)) - hopeless
+
+
 async def test_new_transitions_have_the_highest_priority_so_far(url: str) -> None:
     async with aionpredis.connect(url) as client:
         replay = await filled(client, 20)

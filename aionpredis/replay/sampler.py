@@ -128,6 +128,7 @@ class Sampler:
         self._times: dict[int, int] = {}
         self._behind = max(length - 1, 0 if n_step is None else n_step.steps)
         """How many transitions a sample needs behind the one that is drawn, at most."""
+        self._hopeless: list[Ids] = []  # seen while drawing: their episode ends before a slice of it would
         self._used_up = 0  # transitions that are there for those that they follow only
         self._idle_at = MIN_IDLE  # so many of them, and it is time to look which of them nobody needs
         self._fetcher = Fetcher(client, names, schema, log.run, self._index)
@@ -232,11 +233,15 @@ class Sampler:
     def _discard(self, ids: Ids) -> int:
         """How many of them were not used up."""
         before = len(self)
-        self._selection.remove(self._index.bar(ids))  # it knows nothing of what was barred already
+        self._bar(ids)  # of what is barred the selection knows nothing any more
         gone = self._index.discard(ids)
         for number in gone.tolist() if self._times else ():
             self._used_up -= self._times.pop(number, 0) >= self._max_times
         return before - len(self)
+
+    def _bar(self, ids: Ids) -> None:
+        """They are not drawn any more. Their priorities would count for the largest weight, though nothing changes them."""
+        self._selection.remove(self._index.bar(ids))
 
     async def _lose(self, ids: Ids) -> None:
         """Chunks that samples from these transitions on need were not on the server."""
@@ -270,7 +275,7 @@ class Sampler:
         if not self._behind:
             self._discard(used)
             return
-        self._selection.remove(self._index.bar(used))
+        self._bar(used)
         if self._used_up >= self._idle_at:
             self._discard(self._index.idle(self._behind))
             # It looks at all that is present.
@@ -320,6 +325,9 @@ class Sampler:
         while missing:
             taken = np.concatenate(self._drawn)
             ids = self._selection.draw(missing, self._index, partial(self._eligible, taken), self._rng)
+            hopeless, self._hopeless = self._hopeless, []
+            for one in hopeless:  # not while the selection draws
+                self._bar(one)
             ids = self._within_times(ids, taken)
             if not len(ids):
                 await self._wait_for_more()
@@ -357,11 +365,14 @@ class Sampler:
         return np.array(kept, np.int64)
 
     def _has_followers(self, ids: Ids) -> NDArray[np.bool_]:
-        """Whether all that a sample needs behind these transitions is present."""
+        """Whether all that a sample needs behind these transitions is present. Where it will never be is noted."""
         fits = np.ones(len(ids), np.bool_)
         if self._length > 1:
             path = self._index.follow(ids, self._length)
-            fits &= (path >= 0).all(axis=1) & ~self._index.ends(path[:, :-1]).any(axis=1)
+            over = self._index.ends(path[:, :-1]).any(axis=1)
+            if over.any():
+                self._hopeless.append(ids[over])
+            fits &= (path >= 0).all(axis=1) & ~over
         if self._n_step is not None:
             path = self._index.follow(ids, self._n_step.steps + 1)
             _, bootstrap = self._windows(path)
@@ -436,7 +447,7 @@ class Sampler:
         over = terminated.any(axis=1)
         truncated = (last < steps) & ~over
         hopeless = truncated & (last == 0) & there.all(axis=1)
-        self._index.bar(ids[hopeless])
+        self._bar(ids[hopeless])
         rewards[truncated, last[truncated]] = 0.0
         powers = n_step.discount ** np.arange(steps + 1)
         out["return"][rows] = rewards @ powers[:steps]  # 0 behind the end
