@@ -205,13 +205,62 @@ async def test_samples_per_insert_with_a_lag_holds_the_actors_back(url: str) -> 
             tasks.cancel_scope.cancel()
 
 
-@pytest.mark.parametrize("options", [{"min_size": 41}, {"samples_per_insert": 0.5, "batch": 21}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"min_size": 41, "samples_per_insert": 8.0, "batch": 8},
+        {"samples_per_insert": 0.5, "batch": 21},
+        {"min_size": 11, "samples_per_insert": 8.0, "batch": 8, "shard": (1, 4)},
+        {"samples_per_insert": 0.5, "batch": 6, "shard": (0, 4)},
+    ],
+    ids=str,
+)
 async def test_limits_that_wait_for_each_other_are_a_usage_error(url: str, options: dict[str, Any]) -> None:
     async with aionpredis.connect(url) as client:
         replay = limited(client, max_lag=40)
         await replay.begin_run()
         with pytest.raises(UsageError, match="max_lag"):
             await replay.sampler(**options)
+
+
+@pytest.mark.parametrize("options", [{"min_size": 41}, {"min_size": 11, "shard": (1, 4)}], ids=str)
+async def test_a_minimum_that_the_capacity_never_keeps_is_a_usage_error(url: str, options: dict[str, Any]) -> None:
+    async with aionpredis.connect(url) as client:
+        replay = limited(client, capacity=38)  # ten chunks
+        await replay.begin_run()
+        with pytest.raises(UsageError, match="capacity"):
+            await replay.sampler(**options)
+        await replay.sampler(**options | {"min_size": options["min_size"] - 1})
+
+
+async def test_a_minimum_above_the_lag_is_reached_where_all_that_was_seen_counts_as_read(url: str) -> None:
+    async with aionpredis.connect(url) as client:
+        replay = limited(client, max_lag=8)
+        await replay.begin_run()
+        async with anyio.create_task_group() as tasks, replay.actor() as actor:
+            await actor.join()
+            total = 4 * (actor.buffers + 100)
+            tasks.start_soon(fill, actor, range(total))
+            sampler = await replay.sampler(batch=8, min_size=total, shard=(0, 1))
+            with anyio.fail_after(20):
+                await sampler.sample()
+
+
+async def test_an_actor_that_flushes_is_not_held_and_a_group_holds_nobody_back(url: str) -> None:
+    async with aionpredis.connect(url) as client:
+        replay = limited(client, max_lag=4)
+        run = await replay.begin_run()
+        async with replay.actor() as actor:
+            await actor.join()
+            with anyio.fail_after(20):
+                for uid in range(40):
+                    await fill(actor, range(uid, uid + 1))
+                    await actor.flush()
+        await replay.begin_run(keep=2)
+        batches = await replay.consume(run, group="g", batch=4)
+        async for _ in batches:
+            await batches.acknowledge()
+        assert not await client.call("EXISTS", "{r}:read")
 
 
 async def test_an_actor_that_waits_for_a_learner_notices_the_next_run(url: str) -> None:

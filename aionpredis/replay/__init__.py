@@ -92,7 +92,8 @@ class Replay:
 
     ``max_lag``: transitions of a run that may be committed and not yet read by the slowest of its learners; beyond that
     the actors wait. Learners are those that ``follow`` or sample, told apart by which of both they do and by their ``shard=``;
-    the same number for all actors and learners.
+    nobody waits for those that ``consume``, so they need one of these beside them. An actor waits when a chunk is full: one
+    that calls ``flush`` before is never held. The same number for all actors and learners.
 
     ``replicas``: actors acknowledge a transition when so many replicas of each primary server have it, too (command ``WAIT``,
     over connections of each actor's own): then a failover loses nothing of it. So does :meth:`restore`. 0: when the primary has
@@ -341,7 +342,8 @@ class Replay:
 
         **At least once**: what a reader took and did not acknowledge within ``reclaim`` seconds (it died, or was slow) goes
         to another one of the group. A batch may be shorter, when there is nothing more at the moment. By a consumer group of
-        the server's; readers that need each chunk exactly once share by ``shard=``.
+        the server's; readers that need each chunk exactly once share by ``shard=``. How far the group is holds no actor back:
+        ``max_lag`` does not count it.
         """
         log = self._log(await self._run(run))
         source = GroupSource(self._client, self._names, log, check_name(group), reclaim=reclaim)
@@ -413,14 +415,20 @@ class Replay:
             raise UsageError(
                 f"samples_per_insert is positive and tolerance not negative, not {samples_per_insert!r}, {tolerance!r}"
             )
-        least = max(
-            min_size, 0 if math.isinf(samples_per_insert) else math.ceil((batch - tolerance) / samples_per_insert)
-        )
-        if self._max_lag and least > self._max_lag * self._chunk:
+        _, learners = _shard(shard)
+        share = f"{{}} transitions of its share of 1/{learners}" if learners > 1 else "{} transitions"
+        if self._capacity and min_size * learners > self._capacity * self._chunk:
             raise UsageError(
-                f"sample() waits for {least} transitions (min_size, samples_per_insert), and the actors stop at "
-                f"max_lag={self._max_lag * self._chunk}: make max_lag larger"
+                f"sample() waits for {share.format(min_size)} (min_size), and of the run the last "
+                f"{self._capacity * self._chunk} are kept: make capacity larger"
             )
+        if self._max_lag and not math.isinf(samples_per_insert):  # else what was seen counts as read
+            least = max(min_size, math.ceil((batch - tolerance) / samples_per_insert))
+            if least * learners > self._max_lag * self._chunk:
+                raise UsageError(
+                    f"sample() waits for {share.format(least)} (min_size, samples_per_insert), and the actors stop at "
+                    f"max_lag={self._max_lag * self._chunk}: make max_lag larger"
+                )
         log = self._log(await self._run(run), shard)
         return Sampler(
             self._client,
