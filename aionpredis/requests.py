@@ -100,9 +100,9 @@ def encode_array(array: object, codec: Codec | None, key: Key | None = None) -> 
     """The value for an array: a header and the array's own memory, or a codec's output.
 
     Raises:
-        EncodeError: it cannot be stored, or is longer than 512 MiB.
+        EncodeError: it cannot be stored, or is longer than 512 MiB; with a codec, too: no reader lets it become longer.
     """
-    if codec is None and (type(array) is not np.ndarray or array.nbytes > SURELY_FITS):
+    if type(array) is not np.ndarray or array.nbytes > SURELY_FITS:
         _check_size(nbytes(array), key)
     try:
         head, payload = npy.encode(array)
@@ -116,8 +116,7 @@ def encode_array(array: object, codec: Codec | None, key: Key | None = None) -> 
 
 def encode_record(record: object, codec: Codec | None, key: Key | None = None) -> list[Buffer]:
     """The value for a record (``dict`` of arrays), like :func:`encode_array`."""
-    if codec is None:
-        _check_size(nbytes(record), key)
+    _check_size(nbytes(record), key)
     try:
         head, payloads = safetensors.encode(record)  # type: ignore[arg-type]  # it checks
     except EncodeError as error:
@@ -127,7 +126,10 @@ def encode_record(record: object, codec: Codec | None, key: Key | None = None) -
 
 
 def _finish(parts: list[bytes | memoryview], codec: Codec | None, key: Key | None) -> list[Buffer]:
-    encoded = parts if codec is None else codec.encode(parts)
+    _check_size(sum(map(len, parts)), key)
+    if codec is None:
+        return list(parts)
+    encoded = codec.encode(parts)
     _check_size(sum(map(len, encoded)), key)
     return list(encoded)
 

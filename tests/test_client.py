@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 import aionpredis
-from aionpredis import Client, Server
+from aionpredis import Client, Server, requests
 from aionpredis.errors import (
     AionpredisError,
     AuthenticationError,
@@ -544,6 +544,7 @@ async def test_url_may_ask_for_another_protocol_in_vain(url: str) -> None:
             assert await client.execute("HGETALL", "h") == [b"a", b"1"]
 
 
+@pytest.mark.parametrize("codec", [None, "lz4"])
 @pytest.mark.parametrize(
     ("value", "about"),
     [
@@ -554,13 +555,15 @@ async def test_url_may_ask_for_another_protocol_in_vain(url: str) -> None:
         (np.array([None, 1]), "object"),
         (np.array([(None,)], [("a", "O")]), "references"),
         (np.ma.masked_array([1, 2], [True, False]), "masked"),
-        (np.broadcast_to(np.uint8(1), (1 << 40,)), "store it in parts"),
+        (np.broadcast_to(np.uint8(1), (1 << 46,)), "store it in parts"),
         (np.broadcast_to(np.float64(1), (8193, 8192)), "store it in parts"),
     ],
     ids=lambda value: type(value).__name__,
 )
-async def test_value_that_cannot_be_stored_is_refused_before_anything_is_sent(url: str, value: Any, about: str) -> None:
-    async with aionpredis.connect(url) as client:
+async def test_value_that_cannot_be_stored_is_refused_before_anything_is_sent(
+    url: str, value: Any, about: str, codec: str | None
+) -> None:
+    async with aionpredis.connect(url, codec=codec) as client:
         for attempt in (client.set("bad key", value), client.mset({"bad key": value})):
             with pytest.raises(EncodeError, match=about) as raised:
                 await attempt
@@ -668,6 +671,25 @@ async def test_out_of_the_wrong_kind_is_refused(url: str) -> None:
             with pytest.raises(UsageError, match="one row for each key"):
                 await client.mget(["k", "other"], out=rows)  # type: ignore[arg-type]
         assert equal(await client.get("k"), STATE)
+
+
+@pytest.mark.parametrize("codec", [None, "lz4"])
+async def test_longest_value_that_can_be_stored_can_be_read(
+    url: str, monkeypatch: pytest.MonkeyPatch, codec: str | None
+) -> None:
+    most = 1 << 20
+    monkeypatch.setattr(requests, "MAX_VALUE", most)
+    monkeypatch.setattr(requests, "SURELY_FITS", most - 1000)
+    async with aionpredis.connect(url, codec=codec, max_value_bytes=most) as client:
+        longest = np.zeros(most - 128, np.uint8)  # a header has 128 bytes
+        await client.set("array", longest)
+        await client.set_record("record", {"x": longest})
+        assert equal(await client.get("array"), longest)
+        assert (await client.get_record("record") or {})["x"].nbytes == longest.nbytes
+        longer = np.zeros(most - 127, np.uint8)
+        for attempt in (client.set("array", longer), client.set_record("record", {"x": longer})):
+            with pytest.raises(EncodeError, match="store it in parts"):
+                await attempt
 
 
 async def test_value_longer_than_allowed_ends_the_connection_not_the_program(url: str) -> None:
