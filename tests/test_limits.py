@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from functools import partial
 from typing import Any
@@ -12,9 +13,10 @@ import pytest
 import redis
 
 import aionpredis
-from aionpredis import Actor, Client, Replay, RunEnded, UsageError
+from aionpredis import Actor, Client, Fifo, Replay, RunEnded, Uniform, UsageError
 from aionpredis.replay.commit import MAX_SURPLUS
 from aionpredis.replay.reader import LOOK_AGAIN
+from aionpredis.replay.selection import Selection
 
 from .replays import SCHEMA, data_keys, fill, log_entries, named_keys, replay_of, uids
 
@@ -244,6 +246,31 @@ async def test_a_minimum_above_the_lag_is_reached_where_all_that_was_seen_counts
             sampler = await replay.sampler(batch=8, min_size=total, shard=(0, 1))
             with anyio.fail_after(20):
                 await sampler.sample()
+
+
+@pytest.mark.parametrize("selection", [Fifo, Uniform])
+async def test_a_queue_of_slices_goes_on_although_not_every_transition_is_the_first_of_one(
+    url: str, selection: type[Selection]
+) -> None:
+    async with aionpredis.connect(url) as client:
+        schema = aionpredis.Schema(uid="int64", terminated="bool")
+        replay = client.replay("r", schema, chunk=4, max_lag=40)
+        await replay.begin_run()
+        options: dict[str, Any] = {"length": 4, "max_times_sampled": 1, "samples_per_insert": 1.0}
+        sampler = await replay.sampler(batch=8, selection=selection(), **options)
+
+        async def act() -> None:
+            async with replay.actor() as actor:
+                await actor.join()
+                for uid in itertools.count():
+                    await actor.append(uid=uid, terminated=uid % 10 == 9)
+
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(act)
+            with anyio.fail_after(20):
+                while sampler.stats.sampled < 3000:
+                    await sampler.sample()
+            tasks.cancel_scope.cancel()
 
 
 async def test_an_actor_that_flushes_is_not_held_and_a_group_holds_nobody_back(url: str) -> None:

@@ -295,12 +295,14 @@ class Sampler:
         while self._held_back():
             await self._wait_for_more()
 
-    async def _report(self, *, now: bool) -> None:
-        """Tell the actors how far this learner is: it has seen what the samples so far entitle it to."""
+    async def _report(self, *, now: bool, drawn_out: bool = False) -> None:
+        """Tell the actors how far this learner is: it has seen what the samples so far entitle it to; all that it knows, if
+        nothing is left to be drawn, since not each transition can be, so that the samples would never come up to them.
+        """
         if self._progress is None or not self._index.chunk_count:
             return
         entry = self._log.entry
-        if not math.isinf(self._ratio):
+        if not math.isinf(self._ratio) and not drawn_out:
             used = int(self._stats.sampled / self._ratio)
             low, high = self._index.span
             if used < high:
@@ -308,8 +310,8 @@ class Sampler:
                 entry = self._index.chunk(int(chunk[0])).entry - 1
         await self._progress.note(entry, now=now)
 
-    async def _wait_for_more(self) -> None:
-        await self._report(now=True)
+    async def _wait_for_more(self, *, drawn_out: bool = False) -> None:
+        await self._report(now=True, drawn_out=drawn_out)
         if self._log.ended:
             raise RunEnded(
                 f"run {self.run} has ended: nothing more will be appended to it", replay=self._names.name, run=self.run
@@ -330,7 +332,7 @@ class Sampler:
                 self._bar(one)
             ids = self._within_times(ids, taken)
             if not len(ids):
-                await self._wait_for_more()
+                await self._wait_for_more(drawn_out=True)
                 # The capacity may have moved on meanwhile.
                 self._drawn[1:] = [one[self._index.is_present(one)] for one in self._drawn[1:]]
             self._drawn.append(ids)
