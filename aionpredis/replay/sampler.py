@@ -473,7 +473,7 @@ def _check_n_step(n_step: NStep, schema: Schema, columns: Sequence[str]) -> None
         if name not in schema:
             raise UsageError(f"n_step= wants column {name!r}; there are {', '.join(schema)}")
     shape = schema[n_step.reward][1]
-    if shape:
+    if math.prod(shape) != 1:  # (1,) is a scalar to TorchRL
         raise UsageError(f"n_step= wants rewards that are scalars, and column {n_step.reward!r} has shape {shape}")
     for name in ("discount", *(f"next_{name}" for name in n_step.columns)):  # "return" is no column's name: a keyword
         if name in columns:

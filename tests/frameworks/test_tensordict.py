@@ -113,7 +113,8 @@ async def test_replay_knows_where_the_episodes_of_a_tensordict_end(url: str, lan
         sampler = await replay.sampler(batch=200, length=3)
         slices = await sampler.sample()
         n_step = NStep(5, columns=["observation"], reward="next_reward")
-        targets = await (await replay.sampler(batch=200, n_step=n_step)).sample()
+        columns = ["observation", "next_reward"]  # n-step has its own next_observation
+        targets = await (await replay.sampler(batch=200, n_step=n_step, columns=columns)).sample()
     assert batch["terminated"].reshape(-1, 20).tolist() == [ends] * (count // 20)
     assert not batch["truncated"].any()
     assert not slices["terminated"][:, :-1].any()  # none goes on behind an end
