@@ -10,6 +10,8 @@ import time
 from collections import deque
 from typing import TYPE_CHECKING
 
+from aionpredis.replay.entries import KEPT_SECONDS
+
 if TYPE_CHECKING:
     from aionpredis.client import Client
 
@@ -18,11 +20,7 @@ __all__ = ["Deleted"]
 logger = logging.getLogger(__name__)
 
 KEPT_PAGES = 64
-"""Of up to ``UNLINK_KEYS`` keys, 100 bytes each: 6 MB."""
-
-KEPT_SECONDS = 60.0
-"""For so long: when a replica has heard nothing for this time (``repl-timeout``), servers themselves say that it does not
-follow."""
+"""Of up to ``UNLINK_KEYS`` keys, 100 bytes each: 6 MB; for ``KEPT_SECONDS``."""
 
 
 class Deleted:
