@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -92,18 +93,24 @@ def test_model_samples_what_others_have_appended(url: str) -> None:
     assert torch.equal(samples.next_observations[:, :1][~over], number[~over] + 2)
 
 
-def test_actions_are_stored_as_the_environment_takes_them(url: str) -> None:
+@contextmanager
+def pendulum(url: str) -> Iterator[tuple[blocking.Replay, blocking.VectorActor, SharedReplayBuffer]]:
+    """A replay, its only actor, and the buffer of a model that appends by it."""
     env = gymnasium.make("Pendulum-v1")
     with blocking.connect(url) as client:
         replay = client.replay("pendulum", schema_of(env), chunk=4)
         replay.begin_run()
         with replay.vector_actor(1) as actor:
             actor.join()
-            model = sb3.SAC("MlpPolicy", env, buffer_size=1)
-            buffer = SharedReplayBuffer(model, replay, actor)
-            for action in (-1.0, 0.0, 0.5):
-                observation = np.zeros((1, 3), np.float32)
-                buffer.add(observation, observation, np.full((1, 1), action), np.ones(1), np.zeros(1, bool), [{}])
+            yield replay, actor, SharedReplayBuffer(sb3.SAC("MlpPolicy", env, buffer_size=1), replay, actor)
+
+
+def test_actions_are_stored_as_the_environment_takes_them(url: str) -> None:
+    with pendulum(url) as (replay, actor, buffer):
+        for action in (-1.0, 0.0, 0.5):
+            observation = np.zeros((1, 3), np.float32)
+            buffer.add(observation, observation, np.full((1, 1), action), np.ones(1), np.zeros(1, bool), [{}])
+        actor.flush()
         (batch,) = replay.epoch(shuffle=False)
     assert batch["action"][:, 0].tolist() == [-2, 0, 1]
 
@@ -185,19 +192,12 @@ def test_model_learns_after_runs_too_short_to_learn_of(url: str) -> None:
 
 
 def test_an_observation_of_nan_is_no_reset(url: str) -> None:
-    env = gymnasium.make("Pendulum-v1")
-    with blocking.connect(url) as client:
-        replay = client.replay("pendulum", schema_of(env), chunk=4)
-        replay.begin_run()
-        with replay.vector_actor(1) as actor:
-            actor.join()
-            model = sb3.SAC("MlpPolicy", env, buffer_size=1)
-            buffer = SharedReplayBuffer(model, replay, actor)
-            observation = np.full((1, 3), np.nan, np.float32)
-            for _ in range(8):
-                buffer.add(observation, observation, np.zeros((1, 1)), np.ones(1), np.zeros(1, bool), [{}])
-            actor.flush()
-            assert actor.stats.chunks == 2
+    with pendulum(url) as (_, actor, buffer):
+        observation = np.full((1, 3), np.nan, np.float32)
+        for _ in range(8):
+            buffer.add(observation, observation, np.zeros((1, 1)), np.ones(1), np.zeros(1, bool), [{}])
+        actor.flush()
+        assert actor.stats.chunks == 2
 
 
 class Picture(gymnasium.Env):
