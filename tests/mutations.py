@@ -217,7 +217,7 @@ MUTATIONS = [
                 (
                     "            commit.repeated |= commit.step is not _Step.SET\n"
                     "            commit.turn = _Turn.FREE\n"
-                    "            self._queue(commit, _Step.SET)\n"
+                    "            self._queue(commit, _Step.RENEW if commit.repeated else _Step.SET)\n"
                 ),
                 "            commit.turn = _Turn.FREE\n            self._queue(commit, commit.step)\n",
             )

@@ -1002,3 +1002,31 @@ async def test_commit_whose_reply_is_lost_while_the_run_ends_is_found_and_kept(
             assert proxy.marker is None
             assert actor.stats.acknowledged == 4
             assert sorted(await uids(await replay_of(trainer).epoch(run))) == [0, 1, 2, 3]
+
+
+@pytest.mark.one_server("a proxy is in front of it")
+@pytest.mark.anyio
+async def test_commit_whose_data_are_being_deleted_does_not_bring_them_back(
+    url: str, stock: redis.Redis, tmp_path: Path
+) -> None:
+    """A trainer has deleted the data of the ended run, and not yet the entries that name them."""
+    with LosesReplies(url, tmp_path) as proxy:
+        async with aionpredis.connect(url) as trainer, aionpredis.connect(proxy.url) as client:
+            run = await replay_of(trainer, lease=5).begin_run()
+            begin: Any = {"begin": "token", "policy": "0", "schema": SCHEMA.digest}
+
+            def end_and_half_delete() -> None:
+                stock.xadd("{r}:log", begin, id=f"{run.run + 1}-0")
+                assert stock.unlink(*stock.keys("r:*")) == 1
+
+            proxy.meanwhile = end_and_half_delete
+            with pytest.raises(RunEnded):
+                async with replay_of(client, lease=5).actor() as actor:
+                    await actor.join()
+                    proxy.marker = b"%d-1\r\n" % run.run  # XADD's reply
+                    await fill(actor, range(4))
+                    await actor.flush()
+            assert proxy.marker is None
+            assert actor.stats.acknowledged == 0
+            assert actor.stats.stale == 4
+            assert all(stock.pttl(key) > 0 for key in stock.keys("r:*"))

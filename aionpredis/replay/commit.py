@@ -96,7 +96,8 @@ class _Commit:
     """A chunk on its way; its buffer is held until it is settled."""
 
     __slots__ = (
-        *("buffer", "chunk", "key", "leased", "packed", "repeated", "run", "searched", "size", "step", "turn", "value"),
+        *("anew", "buffer", "chunk", "key", "leased", "packed", "repeated", "run", "searched", "size", "step", "turn"),
+        "value",
     )
 
     def __init__(self, buffer: ChunkBuffer, run: int, key: bytes, chunk: ChunkId) -> None:
@@ -109,6 +110,7 @@ class _Commit:
         self.size = sum(map(len, self.value))
         self.leased = 0.0  # when the lease was last begun anew
         self.repeated = False  # it may be in the log already
+        self.anew = False  # and its data were gone since, so they may have been deleted with the run
         self.searched = f"{run}-{streams.RIGHT_MAX}"  # the log was searched for it down to this entry
         self.step = _Step.SET
         self.turn = _Turn.FREE
@@ -135,7 +137,7 @@ class _Lane:
         self.rounds: deque[_Round] = deque()  # in the order of their requests on the connection
         self.backlog: list[_Commit] = []  # to be sent (again)
         self.to_do: anyio.Event | None = None  # while there is nothing
-        # A broken connection may last longer than a lease: each chunk begins with its SET again. So only the client's
+        # A broken connection may last longer than a lease: what has gone meanwhile is set again. So only the client's
         # ``retry_timeout`` says when it is given up. Room on a full server is waited for: a trainer makes it, some time.
         self.retry = Retry(client.faults)
         self.full = Retry(client.faults, math.inf)
@@ -395,7 +397,11 @@ class Committer:
         return commits
 
     def _start_again(self, lane: _Lane) -> None:
-        """After a fault nothing is known about what travelled, or is still there: each chunk begins with its SET again."""
+        """After a fault nothing is known about what travelled, or is still there: each chunk begins again.
+
+        What may be in the log is not set before it is known to be gone. It may be deleted, and a SET whose reply is lost,
+        too, could not be told from the first one.
+        """
         commits = lane.commits
         self._clear(lane)
         if lane.shard is self._client.topology.shard(self._log):
@@ -406,7 +412,7 @@ class Committer:
         for commit in commits:
             commit.repeated |= commit.step is not _Step.SET
             commit.turn = _Turn.FREE
-            self._queue(commit, _Step.SET)
+            self._queue(commit, _Step.RENEW if commit.repeated else _Step.SET)
         self._next_turns()
 
     def _clear(self, lane: _Lane) -> None:
@@ -516,6 +522,7 @@ class Committer:
         match commit.step:
             case _Step.SET:
                 commit.leased = time.monotonic()
+                commit.anew |= commit.repeated
                 # NX: an earlier SET of this chunk, whose reply was lost, may be committed by now and live for ever.
                 if len(commit.value) > 1:
                     return resp.encode("SET", key, Blob(commit.value), "NX", "PX", self._lease_ms)
@@ -583,7 +590,7 @@ class Committer:
                 self.newest = commit.run, entry
                 if self._capacity and entry > self._capacity and entry % self._evict_every == 0:
                     self._evict = commit.run, entry - self._capacity
-                commit.repeated = True
+                commit.repeated, commit.anew = True, False  # the run went on after the data were there
                 self._last.add(commit.run, commit.packed, entry)
                 self._queue(commit, _Step.KEEP)
             case _Step.KEEP if value:
@@ -600,7 +607,10 @@ class Committer:
             case _Step.CHECK:  # the lease ran out; or a SET that was delayed has begun another one
                 self._queue(commit, _Step.SET if value == ABSENT else _Step.RENEW)
             case _Step.FIND if any(fields == [FIELD, commit.packed] for _, fields in value):
-                self._queue(commit, _Step.KEEP)  # the run ended after that; its data may still be wanted
+                if commit.anew:  # who deletes runs deletes the entry next: kept, the data would stay for ever
+                    self._settle(commit, committed=False)
+                else:
+                    self._queue(commit, _Step.KEEP)  # the run ended after that; its data may still be wanted
             case _Step.FIND if len(value) == streams.PAGE:
                 commit.searched = f"({value[-1][0].decode()}"
                 self._queue(commit, _Step.FIND)
