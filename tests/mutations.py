@@ -120,7 +120,7 @@ MUTATIONS = [
         [
             (
                 RUNS,
-                "        count = await _unlink(client, names, entries, memory)\n",
+                "        count = await unlink(client, _data(names, entries))\n",
                 "        count = 0\n",
             ),
             (
@@ -128,7 +128,7 @@ MUTATIONS = [
                 '"XTRIM", names.log, "MINID", f"{left}-{right + 1}", repeatable=True)\n',
                 (
                     '"XTRIM", names.log, "MINID", f"{left}-{right + 1}", repeatable=True)\n'
-                    "        deleted += await _unlink(client, names, entries, memory)\n"
+                    "        deleted += await unlink(client, _data(names, entries))\n"
                 ),
             ),
         ],
@@ -138,16 +138,13 @@ MUTATIONS = [
         [
             (
                 RUNS,
-                "        deleted += await _unlink(client, names, entries, memory)\n        await client.call(",
-                "        await client.call(",
+                "        deleted += await (unlink(client, keys) if ended else",
+                "        deleted += 0 and await (unlink(client, keys) if ended else",
             ),
             (
                 RUNS,
                 "for (left, right), _ in entries), repeatable=True)\n",
-                (
-                    "for (left, right), _ in entries), repeatable=True)\n"
-                    "        deleted += await _unlink(client, names, entries, memory)\n"
-                ),
+                ("for (left, right), _ in entries), repeatable=True)\n        deleted += await unlink(client, keys)\n"),
             ),
         ],
     ),
@@ -223,6 +220,7 @@ MUTATIONS = [
             )
         ],
     ),
+    Mutation("data of a run that is being deleted are kept", [(COMMIT, "if commit.anew:", "if False:")]),
     Mutation(
         "a stale SET is not deleted",
         [
@@ -331,7 +329,7 @@ MUTATIONS = [
     ),
     Mutation(
         "what a failover has brought back stays",
-        [("replay/deleted.py", "if changes == self._changes:", "if True:")],
+        [("replay/deleted.py", "if memory is None or memory.changes == changes:", "if True:")],
         RUN_TESTS,
     ),
     # --- cancellation ---

@@ -24,7 +24,6 @@ from aionpredis.names import check_name
 from aionpredis.policy import Policy
 from aionpredis.replay import checkpoint, runs
 from aionpredis.replay.actor import Actor, ActorStats
-from aionpredis.replay.deleted import Deleted
 from aionpredis.replay.group import GroupSource
 from aionpredis.replay.lag import Progress
 from aionpredis.replay.lanes import VectorActor
@@ -142,7 +141,6 @@ class Replay:
         self._replicas = None if type(replicas) is int and replicas == 0 else Replicas(client, replicas)
         self._empty = empty
         self._beginning: runs.Beginning | None = None  # of the run that was begun here
-        self._deleted = Deleted(client)
 
     @property
     def name(self) -> str:
@@ -185,7 +183,7 @@ class Replay:
                 )
                 break
             except ServerFull:  # for SET and XADD; UNLINK is not refused
-                if not await runs.delete_oldest(self._client, self._names, memory=self._deleted):
+                if not await runs.delete_oldest(self._client, self._names):
                     raise
         self._beginning = runs.Beginning(self._client, self._names, run)
         await self.delete_runs_before(run.run - keep + 1)
@@ -202,11 +200,9 @@ class Replay:
     async def delete_runs_before(self, run: int | Run) -> int:
         """Delete the data of all runs before this one; how many chunks were deleted. Finishes what a crash interrupted.
 
-        As all that deletes runs, it deletes again what a failover has brought back of what this object deleted before.
+        As all that deletes runs, it deletes again what a failover has brought back of what this client deleted before.
         """
-        deleted = await runs.delete_below(self._client, self._names, _number(run), memory=self._deleted)
-        await self._deleted.again()
-        return deleted
+        return await runs.delete_below(self._client, self._names, _number(run))
 
     async def drop(self, run: int | Run) -> int:
         """Delete one run, which is not the newest; how many chunks were deleted. After a crash, call it again.
@@ -217,9 +213,7 @@ class Replay:
         latest = await self.latest_run()
         if latest is not None and _number(run) >= latest.run:
             raise UsageError(f"run {_number(run)} is the newest: begin another one before dropping it, or delete() all")
-        deleted = await runs.drop(self._client, self._names, _number(run), memory=self._deleted)
-        await self._deleted.again()
-        return deleted
+        return await runs.drop(self._client, self._names, _number(run))
 
     async def delete(self) -> None:
         """Delete the replay: the data of all runs, the policy, and the log at last. After a crash, call it again.
@@ -227,8 +221,7 @@ class Replay:
         From its first step on the server refuses every commit. Actors get :class:`ReplayGone` or :class:`RunEnded`; one
         that calls ``join()`` then waits until a trainer begins a replay of this name anew.
         """
-        await runs.delete(self._client, self._names, memory=self._deleted)
-        await self._deleted.again()
+        await runs.delete(self._client, self._names)
 
     async def leftover_keys(self, before: int | Run) -> list[bytes]:
         """Data keys of runs before this one that are still there. Of deleted runs there is none after one lease.

@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING
 from aionpredis import info, streams
 from aionpredis.errors import CorruptValue, ReplayError, ReplayGone, RunConflict, ServerError
 from aionpredis.policy import Policy
+from aionpredis.replay.deleted import PAGE, unlink, unlink_again
 from aionpredis.replay.log import FIELD, Begin, Names, parse_begin, unpack
 
 if TYPE_CHECKING:
     from aionpredis.client import Client
-    from aionpredis.replay.deleted import Deleted
     from aionpredis.retry import Retry
     from aionpredis.wire.connection import Connection
 
@@ -39,9 +39,6 @@ __all__ = [
 
 CLOSED = streams.RIGHT_MAX
 """The largest left half of an id: behind it the server refuses commits to any run."""
-
-UNLINK_KEYS = 1000
-"""Keys in one UNLINK: a few ms of the server. Their entries go right after, so a reader hardly sees one without the other."""
 
 
 async def latest(client: Client, names: Names) -> Begin | None:
@@ -173,60 +170,49 @@ async def close(client: Client, names: Names) -> None:
             raise
 
 
-async def delete_below(
-    client: Client,
-    names: Names,
-    run: int,
-    *,
-    memory: Deleted | None = None,
-    progress: Callable[[int], None] | None = None,
-) -> int:
+async def delete_below(client: Client, names: Names, run: int, *, progress: Callable[[int], None] | None = None) -> int:
     """Delete the data and the log entries of all runs before ``run``; how many chunks were deleted.
 
-    The data first, page by page, then the entries that name it: after a crash, whoever calls next finishes. ``memory``: of
-    what was deleted; ``progress``: is told of each page how many chunks were deleted.
+    The data first, page by page, then the entries that name it: after a crash, whoever calls next finishes. What a failover
+    has brought back of what this client deleted before goes, too. ``progress``: is told of each page how many chunks it were.
     """
     deleted = 0
-    while entries := await streams.page(client, names.log, "-", f"({run}-0", UNLINK_KEYS):
-        count = await _unlink(client, names, entries, memory)
+    while entries := await streams.page(client, names.log, "-", f"({run}-0", PAGE):
+        count = await unlink(client, _data(names, entries))
         deleted += count
         if progress is not None:
             progress(count)
         left, right = entries[-1][0]
         await client.call("XTRIM", names.log, "MINID", f"{left}-{right + 1}", repeatable=True)
+    await unlink_again(client)
     return deleted
 
 
-async def delete(
-    client: Client,
-    names: Names,
-    *,
-    memory: Deleted | None = None,
-    progress: Callable[[int], None] | None = None,
-) -> None:
+async def delete(client: Client, names: Names, *, progress: Callable[[int], None] | None = None) -> None:
     """What :meth:`aionpredis.Replay.delete` does; ``progress``: is told how many keys more were deleted."""
     progress = progress or (lambda count: None)
     await close(client, names)
-    await delete_below(client, names, CLOSED, memory=memory, progress=progress)
+    await delete_below(client, names, CLOSED, progress=progress)
     progress(await Policy(client, names.name).delete())
     progress(await client.count_keys("UNLINK", [names.log, names.read, names.actors], repeatable=True))
 
 
-async def drop(client: Client, names: Names, run: int, *, memory: Deleted | None = None) -> int:
+async def drop(client: Client, names: Names, run: int) -> int:
     """Delete one run: its data, then the entries that name it, then the one that begins it; how many chunks."""
-    deleted = await evict(client, names, run, streams.RIGHT_MAX, memory=memory)
+    deleted = await evict(client, names, run, streams.RIGHT_MAX, ended=True)
     await client.call("XDEL", names.log, f"{run}-0", repeatable=True)
+    await unlink_again(client)
     return deleted
 
 
-async def delete_oldest(client: Client, names: Names, *, memory: Deleted | None = None) -> int:
+async def delete_oldest(client: Client, names: Names) -> int:
     """Delete the data of the oldest run that has any, even of the present one; how many chunks were deleted."""
     last = await streams.last_generated(client, names.log)
     while last is not None and (first := await streams.page(client, names.log, "-", "+", 1)):
         ((run, _), _) = first[0]
         if run == last[0]:
             break
-        deleted = await delete_below(client, names, run + 1, memory=memory)
+        deleted = await delete_below(client, names, run + 1)
         if deleted:
             return deleted
     if last is None or not last[1]:
@@ -234,29 +220,30 @@ async def delete_oldest(client: Client, names: Names, *, memory: Deleted | None 
     return await evict(client, names, *last)  # the entry that begins the run stays, and what its actors add meanwhile
 
 
-async def evict(client: Client, names: Names, run: int, entry: int, *, memory: Deleted | None = None) -> int:
+async def evict(client: Client, names: Names, run: int, entry: int, *, ended: bool = False) -> int:
     """Delete the data of the run's chunks that were committed up to this entry, then the entries; how many chunks.
 
     All of them, not only one for each that was added, so that nothing stays when somebody died while evicting. By
-    ``XDEL``: to trim would take the entry that begins the run, too.
+    ``XDEL``: to trim would take the entry that begins the run, too. ``ended``: the run has; before, an actor that met a fault
+    may add a chunk again that was evicted meanwhile, so what is deleted is not remembered.
     """
     deleted = 0
-    while entries := await streams.page(client, names.log, f"{run}-1", f"{run}-{entry}", UNLINK_KEYS):
-        deleted += await _unlink(client, names, entries, memory)
+    while entries := await streams.page(client, names.log, f"{run}-1", f"{run}-{entry}", PAGE):
+        keys = _data(names, entries)
+        deleted += await (unlink(client, keys) if ended else client.count_keys("UNLINK", keys, repeatable=True))
         await client.call("XDEL", names.log, *(f"{left}-{right}" for (left, right), _ in entries), repeatable=True)
     return deleted
 
 
-async def _unlink(client: Client, names: Names, entries: list[streams.Entry], memory: Deleted | None) -> int:
+def _data(names: Names, entries: list[streams.Entry]) -> list[bytes]:
+    """The keys of the data that these entries name."""
     keys = []
     for (left, _), fields in entries:
         try:
             keys.append(names.data(left, unpack(fields[FIELD])))
         except (KeyError, CorruptValue):  # it begins a run, or is somebody else's: it names no data
             pass
-    if memory is not None:
-        return await memory.unlink(keys)
-    return await client.count_keys("UNLINK", keys, repeatable=True)
+    return keys
 
 
 async def leftover_keys(client: Client, names: Names, *, below: int) -> list[bytes]:
