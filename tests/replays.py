@@ -12,10 +12,11 @@ from aionpredis import Actor, Batches, Client, Replay, Schema
 
 SCHEMA = Schema(state=("uint8", (3,)), uid="int64", terminated="bool")
 LEASE = 0.5
-"""Seconds. Short, so that a test can wait for its end."""
+"""Seconds. Short, so that a test can wait for its end: only for tests that do. A machine that stands still for so long takes
+the data of a chunk, which is committed anew then, behind later ones and twice in the log."""
 
 
-def replay_of(client: Client, *, chunk: int = 4, lease: float = LEASE, name: str = "r", replicas: int = 0) -> Replay:
+def replay_of(client: Client, *, chunk: int = 4, lease: float = 60.0, name: str = "r", replicas: int = 0) -> Replay:
     return client.replay(name, SCHEMA, chunk=chunk, lease=lease, replicas=replicas)
 
 

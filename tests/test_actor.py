@@ -10,6 +10,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import anyio
 import numpy as np
@@ -34,7 +35,7 @@ from .replays import (
     uids,
     unnamed_without_ttl,
 )
-from .servers import make_server
+from .servers import make_server, until
 
 pytestmark = pytest.mark.anyio
 
@@ -135,7 +136,7 @@ async def test_append_that_is_not_awaited_is_an_error(url: str) -> None:
 
 
 async def test_append_that_was_cancelled_while_it_waited_does_not_break_the_actor(url: str, stock: redis.Redis) -> None:
-    async with aionpredis.connect(url) as client, joined(client, chunk=1, lease=5) as actor:
+    async with aionpredis.connect(url) as client, joined(client, chunk=1) as actor:
         await actor.flush()
         pause(stock, 20_000)
         async with anyio.create_task_group() as tasks:
@@ -153,8 +154,8 @@ async def test_append_that_was_cancelled_while_it_waited_does_not_break_the_acto
 
 
 async def test_full_buffers_make_append_wait_and_other_tasks_go_on(url: str, stock: redis.Redis) -> None:
-    async with aionpredis.connect(url) as client, joined(client, lease=5) as actor:
-        pause(stock, 200)
+    async with aionpredis.connect(url) as client, joined(client) as actor:
+        pause(stock, 20_000)
         ticks = 0
 
         async def tick() -> None:
@@ -165,11 +166,12 @@ async def test_full_buffers_make_append_wait_and_other_tasks_go_on(url: str, sto
 
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(tick)
-            await fill(actor, range(4 * actor.buffers + 20))
+            tasks.start_soon(fill, actor, range(4 * actor.buffers + 20))
+            while not (actor.stats.waits and ticks > 3):
+                await anyio.sleep(0.01)
+            assert actor.stats.pending == actor.stats.appended == 4 * actor.buffers
             tasks.cancel_scope.cancel()
-        assert actor.stats.waits > 0
-        assert ticks > 3
-        assert actor.stats.pending <= 4 * actor.buffers
+        stock.client_unpause()
 
 
 async def test_fence_ends_the_run_and_nothing_old_is_in_the_new_run(url: str, stock: redis.Redis) -> None:
@@ -221,7 +223,6 @@ async def test_deleted_log_is_replay_gone_and_nothing_is_left(url: str, stock: r
         with pytest.raises(ReplayGone):
             await fill(actor, range(100_000))
         assert not stock.exists("{r}:log")
-        await anyio.sleep(0.02)
         while actor.stats.pending:
             await anyio.sleep(0.01)
         assert data_keys(stock) == set()
@@ -275,7 +276,7 @@ async def test_several_actors_share_a_client(url: str) -> None:
 @pytest.mark.parametrize("seed", range(2))
 async def test_broken_connections_lose_nothing_and_double_nothing(url: str, stock: redis.Redis, seed: int) -> None:
     rng = random.Random(seed)
-    async with aionpredis.connect(url) as client, aionpredis.connect(url) as other, joined(client, lease=5) as actor:
+    async with aionpredis.connect(url) as client, aionpredis.connect(url) as other, joined(client) as actor:
         for uid in range(0, 400, 20):
             await fill(actor, range(uid, uid + 20))
             if rng.random() < 0.5:
@@ -290,12 +291,12 @@ async def test_broken_connections_lose_nothing_and_double_nothing(url: str, stoc
 
 
 async def test_repeated_commit_of_an_ended_run_is_found_in_the_log(url: str, stock: redis.Redis) -> None:
-    async with aionpredis.connect(url) as client, joined(client, lease=5) as actor:
+    async with aionpredis.connect(url) as client, joined(client) as actor:
         run = actor.run
         assert run is not None
         key = b"r:%d:%b:0" % (run.run, actor.incarnation.hex().encode())
         # As an earlier attempt left them, whose replies were lost.
-        stock.set(key, "data", px=5000)
+        stock.set(key, "data", px=60_000)
         stock.xadd("{r}:log", {"c": actor.incarnation + bytes(4) + (4).to_bytes(4, "little")}, id=f"{run.run}-1")
         await replay_of(client).begin_run(keep=2)
         with pytest.raises(RunEnded):
@@ -316,13 +317,21 @@ async def test_lease_that_ran_out_is_begun_again(url: str, stock: redis.Redis) -
         assert sorted(await uids(await replay_of(client).epoch())) == list(range(16))
 
 
-async def test_lease_is_begun_again_before_xadd_if_half_of_it_is_over(url: str, stock: redis.Redis) -> None:
+async def test_lease_is_begun_again_before_xadd_if_half_of_it_is_over(
+    url: str, stock: redis.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Else the key could be gone between XADD and PERSIST."""
-    async with aionpredis.connect(url) as client, joined(client, lease=1.6) as actor:
-        for milliseconds, renewed in ((0, False), (1000, True)):
+    passed = 0.0
+    monkeypatch.setattr("aionpredis.replay.commit.time", SimpleNamespace(monotonic=lambda: time.monotonic() + passed))
+    async with aionpredis.connect(url) as client, joined(client) as actor:
+        await fill(actor, range(4))
+        await actor.flush()  # from now on a full chunk is sent at once
+        for seconds, renewed in ((0, False), (31, True)):
             stock.config_resetstat()
-            pause(stock, milliseconds or 1)
+            pause(stock, 20_000)
             await fill(actor, range(4))
+            passed += seconds
+            stock.client_unpause()
             await actor.flush()
             calls = stock.info("commandstats")
             assert ("cmdstat_pexpire" in calls) == renewed
@@ -360,7 +369,7 @@ async def test_a_renewal_that_arrives_late_does_not_let_acknowledged_data_expire
 
 @pytest.mark.one_server("MONITOR shows what one server gets")
 async def test_commands_have_the_options_that_the_rules_need(url: str, stock: redis.Redis) -> None:
-    async with aionpredis.connect(url) as client, joined(client, lease=0.4) as actor:
+    async with aionpredis.connect(url) as client, joined(client) as actor:
         stock.rename("{r}:log", "{r}:hidden")
         stock.set("{r}:log", "not a stream")
         with stock.monitor() as monitor:  # type: ignore[no-untyped-call]
@@ -386,7 +395,7 @@ async def test_commands_have_the_options_that_the_rules_need(url: str, stock: re
 
 
 async def test_after_an_error_the_actor_joins_the_same_run_again(url: str, stock: redis.Redis) -> None:
-    async with aionpredis.connect(url) as client, joined(client) as actor:
+    async with aionpredis.connect(url) as client, joined(client, lease=LEASE) as actor:
         await fill(actor, range(4))
         await actor.flush()
         stock.rename("{r}:log", "{r}:hidden")
@@ -398,8 +407,7 @@ async def test_after_an_error_the_actor_joins_the_same_run_again(url: str, stock
         await fill(actor, range(4, 9))
         await actor.flush()
         assert sorted(await uids(await replay_of(client).epoch(run))) == list(range(9))
-        await anyio.sleep(LEASE + 0.1)
-        assert data_keys(stock) == named_keys(stock)
+        until(lambda: data_keys(stock) == named_keys(stock), "what was given up is gone")
 
 
 @pytest.mark.one_server("each server of a cluster has users of its own")
@@ -456,6 +464,8 @@ async def test_actor_waits_while_the_server_is_full(kind: str) -> None:
             async with anyio.create_task_group() as tasks:
                 count = 4 * actor.buffers + 20
                 tasks.start_soon(fill, actor, range(count))
+                while not actor.stats.waits:
+                    await anyio.sleep(0.01)
                 await anyio.sleep(0.5)
                 assert actor.stats.acknowledged == 0
                 assert actor.stats.pending == 4 * actor.buffers
@@ -470,7 +480,7 @@ async def test_actor_whose_tasks_are_cancelled_before_its_owner_hears_of_it_is_l
     async with aionpredis.connect(url) as client:
         replay = replay_of(client)
         await replay.begin_run()
-        with anyio.fail_after(5), anyio.CancelScope() as scope:
+        with anyio.fail_after(20), anyio.CancelScope() as scope:
             async with replay.actor() as actor:
                 await actor.join()
                 await fill(actor, range(3))
@@ -483,7 +493,7 @@ async def test_actor_whose_tasks_are_cancelled_before_its_owner_hears_of_it_is_l
 async def test_actor_whose_client_was_closed_says_so_and_ends(url: str) -> None:
     async with aionpredis.connect(url) as client:
         await replay_of(client).begin_run()
-    with anyio.fail_after(5), pytest.raises(UsageError, match="not open"):
+    with anyio.fail_after(20), pytest.raises(UsageError, match="not open"):
         async with AsyncExitStack() as stack:
             client = await stack.enter_async_context(aionpredis.connect(url))
             async with replay_of(client).actor() as actor:
@@ -497,7 +507,7 @@ async def test_flush_of_a_cancelled_actor_is_an_error_and_no_hang(url: str) -> N
     async with aionpredis.connect(url) as client:
         replay = replay_of(client)
         await replay.begin_run()
-        with anyio.fail_after(5), anyio.CancelScope() as scope:
+        with anyio.fail_after(20), anyio.CancelScope() as scope:
             async with replay.actor() as actor:
                 await actor.join()
                 await fill(actor, range(50))
@@ -526,17 +536,16 @@ async def test_cancellation_leaves_nothing_unnamed(url: str, stock: redis.Redis,
                 while True:
                     await fill(actor, range(4))
         assert unnamed_without_ttl(stock) == set()
-        await anyio.sleep(0.15)
-        assert data_keys(stock) <= named_keys(stock)
+        until(lambda: data_keys(stock) <= named_keys(stock), "what was not committed is gone")
         assert actor.stats.acknowledged <= len(data_keys(stock))
         assert await client.exists("x") == 0  # the client is usable
 
 
 KILLED = """
 import sys, anyio, numpy as np, aionpredis
-from tests.replays import fill, replay_of
+from tests.replays import LEASE, fill, replay_of
 async def main():
-    async with aionpredis.connect(sys.argv[1]) as client, replay_of(client, chunk=2).actor() as actor:
+    async with aionpredis.connect(sys.argv[1]) as client, replay_of(client, chunk=2, lease=LEASE).actor() as actor:
         await actor.join()
         uid = 0
         while True:
@@ -563,8 +572,7 @@ def test_killed_process_leaves_nothing_unnamed_after_one_lease(url: str, stock: 
         process.send_signal(signal.SIGKILL)
         acknowledged = max([acknowledged, *map(int, process.stdout.read().split())])
     assert unnamed_without_ttl(stock) == set()
-    time.sleep(LEASE + 0.1)
-    assert data_keys(stock) <= named_keys(stock)
+    until(lambda: data_keys(stock) <= named_keys(stock), "what was not committed is gone")
     assert 2 * len(data_keys(stock)) >= acknowledged > 0
     # A chunk that the log names and that is gone was not acknowledged: the actor died between XADD and PERSIST.
     assert len(named_keys(stock) - data_keys(stock)) <= MAX_BUFFERS

@@ -9,7 +9,6 @@ import os
 import shutil
 import struct
 import threading
-import time
 import weakref
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -33,6 +32,7 @@ from aionpredis.replay.log import LogReader
 
 from .cancelling import Figures, Stepped
 from .replays import LEASE, SCHEMA, data_keys, fill, kept_keys, kill_connections, replay_of, uids, unnamed_without_ttl
+from .servers import until
 
 anyio_test = pytest.mark.anyio
 
@@ -98,7 +98,7 @@ async def test_restored_run_has_the_same_chunks_in_the_same_order(
         assert await replay_of(client).save(tmp_path / "saved") == count
         assert (len(list((tmp_path / "saved").glob("transitions-*"))) > 1) is (bundle < 1000)
         stock.flushall()
-        replay = replay_of(client, lease=30)  # a chunk that waits for half a lease is sent again, behind the others
+        replay = replay_of(client)
         run = await replay.restore(tmp_path / "saved")
         assert [each[:4] for each in chunks_of(stock, run.run)] == [each[:4] for each in before]
         for restored, original in zip(chunks_of(stock, run.run), before, strict=True):
@@ -435,7 +435,7 @@ async def test_cancelled_save_waits_until_its_thread_writes_nothing_more(
     def held(path: Path, *args: Any) -> Any:
         if path.name == name or path == tmp_path:
             anyio.from_thread.run_sync(begun.set)
-            assert go_on.wait(10)
+            assert go_on.wait(30)
         return original(path, *args)
 
     monkeypatch.setattr(files, function, held)
@@ -505,7 +505,8 @@ async def test_at_most_two_bundles_are_in_memory_and_the_loop_goes_on(
             most = max(most, sum(bool(each.columns) for each in alive))
 
         def write(self, path: Path) -> int:
-            time.sleep(0.1)
+            before = ticks
+            until(lambda: ticks > before + 10, "the loop goes on while a bundle is written")
             return super().write(path)
 
     monkeypatch.setattr(saving, "BUNDLE_BYTES", 1500)
@@ -526,7 +527,6 @@ async def test_at_most_two_bundles_are_in_memory_and_the_loop_goes_on(
             tasks.cancel_scope.cancel()
     files = len(list((tmp_path / "saved").glob("transitions-*")))
     assert files > 4
-    assert ticks > files * 5
     assert most == 2
 
 
@@ -558,7 +558,7 @@ async def test_cancelled_restore_leaves_no_unnamed_key_after_one_lease(
     monkeypatch.setattr(saving, "BUNDLE_BYTES", 2000)
     async with aionpredis.connect(url) as client:
         await filled(client, 2000)
-        replay = replay_of(client, name="other")
+        replay = replay_of(client, name="other", lease=LEASE)
         await replay_of(client).save(tmp_path / "saved")
         for at in (1, 500, 1500):
             with anyio.CancelScope() as scope:
@@ -567,7 +567,7 @@ async def test_cancelled_restore_leaves_no_unnamed_key_after_one_lease(
             assert unnamed_without_ttl(stock, "other") == set()
             count = await replay.count()
             assert at <= count < 2000
-            await anyio.sleep(LEASE + 0.1)
+            until(lambda: data_keys(stock, "other") == kept_keys(stock, "other"), "what was cancelled is gone")
             run = await replay.latest_run()
             assert run is not None
             named = {
@@ -576,7 +576,6 @@ async def test_cancelled_restore_leaves_no_unnamed_key_after_one_lease(
             there = data_keys(stock, "other")
             assert there <= named
             assert len(named - there) <= restoring.MAX_TRAVELLING  # named, and cancelled before PERSIST
-            assert there == kept_keys(stock, "other")
 
 
 @anyio_test
@@ -595,7 +594,7 @@ async def test_broken_connections_lose_and_double_nothing(
                 kill_connections(stock)
 
         assert await replay_of(client).save(tmp_path / "saved", progress=kill) == 1000
-        run = await replay_of(client, name="other", lease=5).restore(tmp_path / "saved", progress=kill)
+        run = await replay_of(client, name="other").restore(tmp_path / "saved", progress=kill)
         assert calls > 14
         assert sorted(set(chunks_of(stock, run.run, "other"))) == sorted(chunks_of(stock, old.run))
         assert sorted(await uids(await replay_of(client, name="other").epoch())) == list(range(1000))
@@ -637,7 +636,7 @@ async def test_full_server_is_an_error_after_one_lease(url: str, stock: redis.Re
     async with aionpredis.connect(url) as client:
         await filled(client, 2000)
         await replay_of(client).save(tmp_path / "saved")
-        replay = replay_of(client, name="other")
+        replay = replay_of(client, name="other", lease=LEASE)
 
         def fill_up(done: int, total: int) -> None:
             if done > 100:
