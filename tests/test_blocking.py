@@ -17,6 +17,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 from types import FrameType
@@ -44,7 +45,9 @@ from aionpredis import (
 from aionpredis.blocking import loop
 from aionpredis.policy import PolicyWatch
 
+from .proxy import Proxy
 from .replays import SCHEMA, kept_keys, unnamed_without_ttl
+from .servers import until
 
 PAIRS = [
     (aionpredis.Client, blocking.Client),
@@ -525,11 +528,11 @@ def test_clients_do_not_travel(client: blocking.Client) -> None:
 
 
 def in_child(work: Callable[[], None]) -> None:
-    """Run in a fork, which has 20 s; it must succeed."""
+    """Run in a fork, which has 30 s; it must succeed."""
     context: Any = multiprocessing.get_context("fork")
     child = context.Process(target=work)
     child.start()
-    child.join(20)
+    child.join(30)
     if child.is_alive():
         child.kill()
         child.join()
@@ -613,6 +616,10 @@ def run(code: str) -> str:
 # --- ends ------------------------------------------------------------------------------------------------------------------
 
 
+SILENCE = 40.0
+"""Seconds after which a server that does not answer is given up."""
+
+
 @pytest.mark.one_server("processes are the point")
 def test_what_is_never_closed_ends_with_the_interpreter(url: str) -> None:
     code = f"""
@@ -643,38 +650,63 @@ def test_what_is_never_closed_ends_with_the_interpreter(url: str) -> None:
     assert run(code) == "end\n1 thread\n"
 
 
+def ctrl_c_when_it_waits() -> None:
+    """Interrupt this thread in the next call that waits, when it has done so for a moment."""
+    ours = threading.get_ident()
+
+    def waits() -> bool:
+        return sys._current_frames()[ours].f_code is loop._Call.wait.__code__
+
+    def interrupt() -> None:
+        until(waits, "it waits", 30)
+        time.sleep(0.1)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt).start()
+
+
+@contextmanager
+def ended_by_ctrl_c() -> Iterator[None]:
+    """Long before a server that does not answer is given up."""
+    start = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        yield
+    assert time.monotonic() - start < SILENCE / 2
+
+
 @pytest.mark.one_server("a key that never comes")
-def test_ctrl_c_cancels_the_call_and_nothing_is_written_afterwards(client: blocking.Client, stock: redis.Redis) -> None:
-    client.set("a", np.ones(1000))
-    out = np.zeros(1000)
-    watch = client.policy("p").watch()
-    for call in (lambda: client.get("a", out=out), lambda: next(watch)):
-        stock.client_pause(300)  # milliseconds
-        threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT)).start()
-        start = time.monotonic()
-        with pytest.raises(KeyboardInterrupt):
-            call()
-        assert time.monotonic() - start < 0.25
-    time.sleep(0.3)
-    assert not out.any()
-    assert client.exists("a") == 1
+def test_ctrl_c_cancels_the_call_and_nothing_is_written_afterwards(proxy: Proxy) -> None:
+    with blocking.connect(proxy.url, timeout=SILENCE) as client:
+        client.set("a", np.ones(1000))
+        out = np.zeros(1000)
+        watch = client.policy("p").watch()
+        proxy.stalled = True
+        ctrl_c_when_it_waits()
+        with ended_by_ctrl_c():
+            client.get("a", out=out)
+        proxy.stalled = False
+        assert client.exists("a") == 1  # behind what was asked for before
+        assert not out.any()
+        ctrl_c_when_it_waits()
+        with ended_by_ctrl_c():
+            next(watch)
+        assert client.exists("a") == 1
 
 
 @pytest.mark.one_server("a server that does not answer")
-def test_ctrl_c_leaves_a_block_without_waiting(client: blocking.Client, stock: redis.Redis) -> None:
-    replay = client.replay("r", SCHEMA, chunk=4)
-    replay.begin_run()
-    with pytest.raises(KeyboardInterrupt), client.writer() as writer, replay.actor() as actor:
-        actor.join()
-        stock.client_pause(1000)
-        start = time.monotonic()
-        writer.put("a", np.eye(2))
-        fill(actor, range(10))
-        threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT)).start()
-        actor.flush()
-    assert time.monotonic() - start < 0.8
-    stock.client_unpause()
-    assert client.exists("nothing") == 0
+def test_ctrl_c_leaves_a_block_without_waiting(proxy: Proxy) -> None:
+    with blocking.connect(proxy.url, timeout=SILENCE) as client:
+        replay = client.replay("r", SCHEMA, chunk=4)
+        replay.begin_run()
+        with ended_by_ctrl_c(), client.writer() as writer, replay.actor() as actor:
+            actor.join()
+            proxy.stalled = True
+            writer.put("a", np.eye(2))
+            fill(actor, range(10))
+            ctrl_c_when_it_waits()
+            actor.flush()
+        proxy.stalled = False
+        assert client.exists("nothing") == 0
 
 
 @pytest.mark.one_server("no server is asked")
@@ -719,7 +751,7 @@ PLACES = str(Path(aionpredis.__file__).parent), "<string>"
 
 
 def soon_over(work: Callable[[], object]) -> None:
-    """In a thread of its own, which has 10 s."""
+    """In a thread of its own, which has 30 s."""
     errors: list[BaseException | None] = []
 
     def run() -> None:
@@ -732,7 +764,7 @@ def soon_over(work: Callable[[], object]) -> None:
 
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
-    thread.join(10)
+    thread.join(30)
     assert errors, "it hangs"
     if errors[0] is not None:
         raise errors[0]
@@ -822,15 +854,16 @@ def test_ctrl_c_anywhere_in_an_append_loses_no_other_transition(client: blocking
 
 
 @pytest.mark.one_server("a server that does not answer")
-def test_ctrl_c_in_a_large_put_gives_the_array_back(client: blocking.Client, stock: redis.Redis) -> None:
-    with client.writer(max_inflight=100_000) as writer:
-        stock.client_pause(500)  # milliseconds
+def test_ctrl_c_in_a_large_put_gives_the_array_back(proxy: Proxy) -> None:
+    with blocking.connect(proxy.url, timeout=SILENCE) as client, client.writer(max_inflight=100_000) as writer:
+        proxy.stalled = True
         for i in range(9):
             writer.put(f"k{i}", np.ones(1250))
         large = np.ones(10_000)
-        threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT)).start()
-        with pytest.raises(KeyboardInterrupt):
+        ctrl_c_when_it_waits()
+        with ended_by_ctrl_c():
             writer.put("large", large)  # waits for room
+        proxy.stalled = False
         large[:] = 0
         writer.flush()
         assert client.exists("k8", "large") == 1
