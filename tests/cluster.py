@@ -21,7 +21,7 @@ from redis.crc import REDIS_CLUSTER_HASH_SLOTS, key_slot
 from .hosts import Hosts
 from .nodes import Node, Nodes, wait
 
-__all__ = ["Cluster", "slot_of"]
+__all__ = ["PATIENT", "Cluster", "slot_of"]
 
 _CONFIG: Final = {
     "cluster-enabled": "yes",
@@ -32,6 +32,9 @@ _CONFIG: Final = {
     "repl-diskless-sync-delay": "0",
     "repl-ping-replica-period": "1",  # Redis 7.0 lists a replica once it has received anything, and by default that takes 10 s
 }
+
+PATIENT: Final = 5000
+IMPATIENT: Final = int(_CONFIG["cluster-node-timeout"])
 
 # (first slot, last slot) -> (primary, replicas), by the nodes' ids
 _Map = dict[tuple[int, int], tuple[str, frozenset[str]]]
@@ -95,6 +98,22 @@ class Cluster(Nodes):
         mine = (span for span, (name, _) in self._slots().items() if name == primary.id)
         return [slot for a, b in mine for slot in range(a, b + 1)]
 
+    def patience(self, milliseconds: int) -> None:
+        """For how long a node may be silent before it counts as failed. A busy machine lets a server stand still for a second:
+        who wants no failover is `PATIENT`, and `kill`, `stop` and `failover` are `IMPATIENT` again.
+        """
+        for node in self.nodes:
+            if node.answers:
+                node.call("CONFIG", "SET", "cluster-node-timeout", milliseconds)
+
+    def kill(self, node: Node) -> None:
+        self.patience(IMPATIENT)
+        super().kill(node)
+
+    def stop(self, node: Node, *, patience: int = IMPATIENT) -> None:
+        self.patience(patience)
+        super().stop(node)
+
     def flush(self) -> None:
         """Delete all keys, on the replicas, too."""
         for node in self.primaries():
@@ -104,6 +123,9 @@ class Cluster(Nodes):
     def failover(self, primary: Node | int, *, graceful: bool = False) -> Node:
         """Have a primary (or that of a slot) replaced by a replica: killed, or by CLUSTER FAILOVER. Returns the new one."""
         old = self.owner(primary) if isinstance(primary, int) else primary
+        self.patience(
+            IMPATIENT
+        )  # of a server that was asked in vain it is also how long it waits before it tries again
         replicas = self.replicas(old)
         for _ in range(3):  # now and then a server that was asked to take over is a replica again at once
             if graceful:

@@ -16,7 +16,7 @@ from hypothesis import Phase, settings
 
 from aionpredis.server import Server
 
-from .cluster import Cluster
+from .cluster import PATIENT, Cluster
 from .proxy import Proxy
 from .sentinel import Sentinels
 from .servers import binary_of, make_server
@@ -86,6 +86,8 @@ def pytest_collection_finish() -> None:
 def server(request: pytest.FixtureRequest) -> Iterator[Server | Cluster]:
     """One server of each kind for the whole session, and a cluster of three."""
     with Cluster(replicas=0) if request.param == "cluster" else make_server(request.param) as server:
+        if isinstance(server, Cluster):
+            server.patience(PATIENT)
         yield server
 
 
@@ -129,6 +131,7 @@ def _whole_cluster(request: pytest.FixtureRequest) -> Iterator[Callable[[], Clus
                     clusters.clear()
             if not clusters:
                 clusters.append(stack.enter_context(Cluster(binary=binary_of(request.param))))
+            clusters[-1].patience(PATIENT)
             clusters[-1].flush()
             return clusters[-1]
 

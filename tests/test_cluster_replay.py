@@ -167,9 +167,11 @@ def replace(cluster: Cluster, primary: Node, replica: Node) -> None:
 
 
 def replace_by_an_older(cluster: Cluster, primary: Node) -> None:
-    """Kill it when its replica has missed what it did in the last 300 ms."""
+    """Kill it when its replica has missed what it did in the last 300 ms, some chunks at least."""
     with behind(cluster, primary) as replica:
+        missing = primary.call("DBSIZE") + 20
         time.sleep(0.3)
+        wait(lambda: primary.call("DBSIZE") >= missing, "it gets more data")
         replace(cluster, primary, replica)
     cluster.wait_ok()
 
@@ -255,7 +257,7 @@ async def test_data_that_an_earlier_connection_made_persistent_are_waited_for_to
                 if kill:
                     server.call("CLIENT", "KILL", "TYPE", "normal")
             cluster.cont(replica)
-            with anyio.fail_after(10):
+            with anyio.fail_after(20):
                 await actor.flush()
             assert actor.stats.acknowledged == seq + 1
 
@@ -266,7 +268,7 @@ async def test_too_few_replicas_are_an_error_at_once_and_later_after_the_time_to
             client.replay("r", SCHEMA, replicas=-1)
         replay = client.replay("r", SCHEMA, replicas=1)
         await replay.begin_run()
-        with anyio.fail_after(10), pytest.raises(NotReplicated):
+        with anyio.fail_after(20), pytest.raises(NotReplicated):
             async with client.replay("r", SCHEMA, replicas=2).actor():
                 pass
         async with replay.actor() as actor:
@@ -275,7 +277,7 @@ async def test_too_few_replicas_are_an_error_at_once_and_later_after_the_time_to
             for primary in cluster.primaries():
                 for replica in cluster.replicas(primary):
                     cluster.stop(replica)
-            with anyio.fail_after(10), pytest.raises(NotReplicated):
+            with anyio.fail_after(20), pytest.raises(NotReplicated):
                 await actor.flush()
             assert (actor.stats.acknowledged, actor.stats.stale) == (0, 1)
 
