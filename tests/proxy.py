@@ -191,7 +191,7 @@ class Proxy(Faults):
             Path(self.url.removeprefix("unix://")).unlink()
         self.cut()
         for thread in self._threads:
-            thread.join(5)
+            thread.join(20)
             assert not thread.is_alive()
 
     def cut(self) -> None:
@@ -336,7 +336,7 @@ def scripted(*steps: bytes | int) -> Iterator[socket.socket]:
     finally:
         with contextlib.suppress(OSError):
             theirs.shutdown(socket.SHUT_RDWR)
-        thread.join(5)
+        thread.join(20)
         theirs.close()
         ours.close()
         assert not thread.is_alive()

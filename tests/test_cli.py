@@ -799,7 +799,7 @@ from aionpredis.replay.checkpoint import files, restoring, saving
 saving.BUNDLE_BYTES = 1000
 def slow(function):
     def slower(*arguments):
-        time.sleep(0.02)
+        time.sleep(0.06)
         return function(*arguments)
     return slower
 files.write_record = slow(files.write_record)
@@ -899,7 +899,7 @@ def test_serve_until_ctrl_c(serving: Callable[..., subprocess.Popen[str]], tmp_p
     said = runner().invoke(app, ["serve", "--unix", str(link)])
     assert (said.exit_code, "exists already" in said.stderr) == (2, True)
     process.send_signal(signal.SIGINT)
-    output, errors = process.communicate(timeout=10)
+    output, errors = process.communicate(timeout=30)
     assert (process.returncode, output) == (130, "")
     assert errors == "aionpredis: interrupted by SIGINT; what was stored in the server is gone\n"
     assert not link.is_symlink()
@@ -929,7 +929,7 @@ def test_serve_notices_that_its_server_ends(serving: Callable[..., subprocess.Po
     assert process.stdout is not None
     facts = json.loads(process.stdout.readline())
     os.kill(facts["pid"], signal.SIGTERM)
-    _, errors = process.communicate(timeout=10)
+    _, errors = process.communicate(timeout=30)
     assert process.returncode == 1
     assert "the server has ended" in errors
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
+import select
 import socket
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import anyio
@@ -109,7 +112,7 @@ async def test_cancelled_calls_never_disturb_others_nor_write_later(url: str) ->
             for step in range(24):
                 await moody(step % 4, float(rng.choice([0, 0, 0.0005, 0.002])), int(rng.integers(0, 9)))
             stop = True
-        with anyio.fail_after(5):
+        with anyio.fail_after(20):
             assert await client.execute("PING") == b"PONG"
             assert equal(await client.get("big"), big)
     assert all((out == before).all() for out, before in left), "written after the call had been cancelled"
@@ -118,7 +121,7 @@ async def test_cancelled_calls_never_disturb_others_nor_write_later(url: str) ->
 async def received(theirs: socket.socket, size: int) -> bytearray:
     """So many bytes of what comes to a non-blocking socket."""
     got = bytearray()
-    with anyio.fail_after(10):
+    with anyio.fail_after(20):
         while len(got) < size:
             await anyio.lowlevel.checkpoint()
             try:
@@ -223,14 +226,14 @@ async def test_cancelled_unsent_request_leaves_no_trace() -> None:
         reply = connection.submit(encode("SET", "k", bytes(100_000)), Reply(), send=False)
         connection.abandon(reply)
         assert reply.done
-        with anyio.fail_after(5):
+        with anyio.fail_after(20):
             assert await ask(connection, "PING") == b"PONG"
 
 
 async def test_cancelled_driver_hands_over(url: str) -> None:
     async with aionpredis.connect(url) as client, client.blocking() as connection:
         # BLPOP keeps the replies behind it waiting, so the tasks that wait for them depend on whoever drives
-        blocked = connection.submit(encode("BLPOP", "nothing", "0.3"), Reply())
+        blocked = connection.submit(encode("BLPOP", "list", "0"), Reply())
         scopes = [anyio.CancelScope() for _ in range(6)]
         results: list[Any] = []
 
@@ -240,7 +243,7 @@ async def test_cancelled_driver_hands_over(url: str) -> None:
                 results.append(reply.result())
 
         replies = [blocked, *(connection.submit(encode("ECHO", str(i)), Reply()) for i in range(5))]
-        with anyio.fail_after(5):
+        with anyio.fail_after(20):
             async with anyio.create_task_group() as tasks:
                 for reply, scope in zip(replies, scopes, strict=True):
                     tasks.start_soon(wait, reply, scope)
@@ -249,6 +252,7 @@ async def test_cancelled_driver_hands_over(url: str) -> None:
                 for scope in scopes[:4]:
                     scope.cancel()
                     await anyio.lowlevel.checkpoint()
+                await client.execute("RPUSH", "list", "x")
         assert sorted(results) == [b"3", b"4"]
         assert await ask(connection, "PING") == b"PONG"
 
@@ -265,7 +269,7 @@ async def test_task_cancelled_while_it_is_being_woken_passes_the_turn_on() -> No
                 results.append(replies[index].result())
                 second.cancel()
 
-        with anyio.fail_after(5):
+        with anyio.fail_after(20):
             async with anyio.create_task_group() as tasks:
                 for index in range(3):
                     tasks.start_soon(wait, index)
@@ -277,9 +281,9 @@ async def test_connection_that_a_cancelled_call_still_blocks_is_not_handed_to_an
     async with aionpredis.connect(url) as client:
         with anyio.move_on_after(0.02) as scope:
             async with client.blocking() as connection:
-                await ask(connection, "BLPOP", "nothing", "5")
+                await ask(connection, "BLPOP", "nothing", "40")
         assert scope.cancelled_caught
-        with anyio.fail_after(3):
+        with anyio.fail_after(20):
             async with client.blocking() as connection:
                 assert await ask(connection, "PING") == b"PONG"
 
@@ -291,7 +295,7 @@ async def test_withdrawn_request_wakes_the_task_that_drives_for_it() -> None:
         ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
         first = connection.submit(encode("SET", "a", bytes(400_000)), Reply())
         second = connection.submit(encode("SET", "b", b"b"), Reply())
-        with anyio.fail_after(5):
+        with anyio.fail_after(20):
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(connection.wait, second)
                 await anyio.wait_all_tasks_blocked()
@@ -307,48 +311,67 @@ async def test_withdrawn_request_wakes_the_task_that_drives_for_it() -> None:
 async def test_silence_is_noticed_after_timeout_and_not_before() -> None:
     async with peer(timeout=0.2) as connection:
         start = time.monotonic()
-        with pytest.raises(Stalled, match=r"0\.2 s"):
+        with anyio.fail_after(20), pytest.raises(Stalled, match=r"0\.2 s"):
             await ask(connection, "PING")
-        assert 0.19 < time.monotonic() - start < 2
+        assert time.monotonic() - start > 0.19
         with pytest.raises(ConnectionLost):
             connection.submit(encode("PING"), Reply())
 
 
-async def test_silence_is_noticed_though_everybody_who_waits_is_cancelled_earlier() -> None:
-    async with peer(timeout=0.2) as connection:
-        asked: list[float] = []
+async def test_silence_is_noticed_though_everybody_who_waits_is_cancelled_earlier(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Each of them after a second, by a clock that goes on by one whenever it is looked at."""
+    clock = itertools.count()
+    looked_at = SimpleNamespace(monotonic=lambda: float(next(clock)), perf_counter=time.perf_counter)
+    monkeypatch.setattr("aionpredis.wire.connection.time", looked_at)
+    async with peer(timeout=20) as connection:
+        asked: list[int] = []
 
         async def ask() -> None:
-            asked.append(time.monotonic())
+            asked.append(rounds)
 
-        connection.patience, connection.on_silence = 0.1, ask
-        started = time.monotonic()
-        with anyio.fail_after(5), pytest.raises(Stalled, match=r"0\.2 s"):
+        connection.patience, connection.on_silence = 10, ask
+        rounds = 0
+        with anyio.fail_after(20), pytest.raises(Stalled, match="20 s"):
             while True:
-                with anyio.move_on_after(0.04):
+                rounds += 1
+                with anyio.move_on_after(0.001):
                     await connection.wait(connection.submit(encode("PING"), Reply()))
-        assert 0.19 < time.monotonic() - started < 1
+        assert 10 < asked[0] < 20 < rounds
         assert len(asked) == 1
 
 
-async def test_slow_progress_is_no_silence(proxy: Proxy) -> None:
+async def test_slow_progress_is_no_silence(proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
     array = np.arange(20_000, dtype=np.uint16)
-    async with aionpredis.connect(proxy.url, timeout=0.25) as client:
+    async with aionpredis.connect(proxy.url, timeout=20) as client:
         await client.set("a", array)
-        proxy.chunk, proxy.pause = 3000, 0.05
-        start = time.monotonic()
+        connection = client.live_connection()
+        assert connection is not None
+        wait = connection._ready.wait
+        patience: list[float] = []
+
+        async def look(*, write: bool, timeout: float) -> bool:
+            patience.append(timeout)
+            return await wait(write=write, timeout=timeout)
+
+        monkeypatch.setattr(connection._ready, "wait", look)
+        proxy.chunk, proxy.pause = 3000, 0.02
         assert equal(await client.get("a"), array)
-        assert time.monotonic() - start > 0.5
+        assert len(patience) > 3
+        assert set(patience) == {20}  # whatever comes, all of it begins anew
         assert proxy.connections == 1
 
 
 async def test_busy_event_loop_is_not_taken_for_silence(url: str) -> None:
-    async with aionpredis.connect(url, timeout=0.1) as client, client.blocking() as connection:
+    async with aionpredis.connect(url) as client, client.blocking() as connection:
+        connection._timeout = 0.2  # of what follows only: a server may take longer to let us in
         reply = connection.submit(encode("BLPOP", "nothing", "0.03"), Reply())
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(connection.wait, reply)
-            await anyio.sleep(0.01)
-            time.sleep(0.3)  # noqa: ASYNC251  # a training step that holds the loop
+            await anyio.wait_all_tasks_blocked()
+            select.select([connection._sock.raw], [], [], 20)  # a training step that holds the loop
+            time.sleep(0.3)  # noqa: ASYNC251
         assert reply.values == [None]
 
 
@@ -378,13 +401,16 @@ async def test_stalled_server_fails_every_waiter(proxy: Proxy) -> None:
             except Stalled as error:
                 errors.append(error)
 
-        with anyio.fail_after(5):
+        with anyio.fail_after(20):
             async with anyio.create_task_group() as tasks:
                 for _ in range(20):
                     tasks.start_soon(get)
         assert len({id(error) for error in errors}) == 20, "each task has an error of its own"
         proxy.stalled = False
-        assert equal(await client.get("a"), np.zeros(3))
+        with anyio.fail_after(20):
+            while errors:  # it may be slower than that now
+                errors.clear()
+                await get()
 
 
 async def test_end_of_stream_fails_every_waiter_and_later_requests() -> None:
@@ -398,7 +424,7 @@ async def test_end_of_stream_fails_every_waiter_and_later_requests() -> None:
             except ConnectionLost as error:
                 errors.append(error)
 
-        with anyio.fail_after(5):
+        with anyio.fail_after(20):
             async with anyio.create_task_group() as tasks:
                 for reply in replies:
                     tasks.start_soon(wait, reply)
@@ -419,7 +445,7 @@ async def test_nonsense_fails_all_waiters_but_those_whose_replies_came_before_it
             except ConnectionLost as error:
                 outcome[index] = type(error)
 
-        with anyio.fail_after(5):
+        with anyio.fail_after(20):
             async with anyio.create_task_group() as tasks:
                 for index in (4, 0, 1, 2, 3):
                     tasks.start_soon(wait, index)
@@ -470,7 +496,7 @@ async def test_reads_and_sets_survive_every_kind_of_end(url: str, tmp_path: Path
         for faults in script:
             faults.ending = ending
         with Proxy(url, tmp_path if way == "unix" else None, script) as proxy:
-            async with aionpredis.connect(proxy.url, timeout=5) as client:
+            async with aionpredis.connect(proxy.url, timeout=20) as client:
                 for _ in range(10):
                     for key, row in zip(keys, rows, strict=True):
                         await client.set(key, row)
@@ -520,7 +546,7 @@ async def arrives(connection: Connection, reply: Reply) -> None:
     """By itself; on trio only tasks that wait receive."""
     if isinstance(connection._ready, AnyioReadiness):
         await connection.wait(reply)
-    with anyio.fail_after(5):
+    with anyio.fail_after(20):
         while not reply.done:
             await anyio.sleep(0.001)
 
@@ -576,7 +602,7 @@ async def test_attended_connection_is_forgotten_by_the_loop_when_it_closes() -> 
         async with pair() as (successor, other):
             assert successor._sock.raw.fileno() == number
             reply = successor.submit(encode("PING"), Reply())
-            with anyio.fail_after(5):
+            with anyio.fail_after(20):
                 async with anyio.create_task_group() as tasks:
                     tasks.start_soon(successor.wait, reply)
                     await anyio.sleep(0.01)
@@ -623,7 +649,7 @@ async def test_deep_queue_is_sent_even_if_the_peer_answers_only_the_last() -> No
     count = 20 * DEEP
     command = b"*1\r\n$1\r\nA\r\n"
     async with peer(count * len(command), b"+x\r\n" * count) as connection:
-        with anyio.fail_after(5):
+        with anyio.fail_after(20):
             async with anyio.create_task_group() as tasks:
                 for _ in range(count):
                     tasks.start_soon(ask, connection, "A")
@@ -649,7 +675,7 @@ async def test_request_behind_a_full_buffer_reaches_a_peer_that_waits_for_it() -
     first, second = encode("A"), encode("SET", "k", bytes(8 << 20))
     sizes = [sum(map(len, command)) for command in (first, second)]
     async with peer(sizes[0] + sizes[1], b"+first\r\n+second\r\n") as connection:
-        with anyio.fail_after(10):
+        with anyio.fail_after(20):
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(ask, connection, "A")
                 await anyio.sleep(0.05)
@@ -738,7 +764,7 @@ async def test_sockets_number_may_be_used_again_at_once(url: str) -> None:
                             lost = error
                     raise lost
             async with client.blocking() as connection:  # gets the same number
-                with anyio.fail_after(5):
+                with anyio.fail_after(20):
                     assert await ask(connection, "PING") == b"PONG"
 
 

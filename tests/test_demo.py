@@ -57,7 +57,7 @@ class Demo:
         assert self.process.stdout is not None
         return self.process.stdout
 
-    def finish(self, timeout: float = 30.0) -> tuple[int, str, str]:
+    def finish(self, timeout: float = 45.0) -> tuple[int, str, str]:
         output, errors = self.process.communicate(timeout=timeout)
         return self.process.returncode, output, errors
 
@@ -165,10 +165,10 @@ def test_ctrl_c_while_it_starts(start: Start) -> None:
         demo = start(*ENDLESS)
         time.sleep(delay)
         demo.interrupt()
-        code, _, _ = demo.finish(10)
+        code, _, _ = demo.finish()
         # -SIGINT: Python itself, before any line of ours ran; 1: the command line's own, before ours began
         assert code in (130, -signal.SIGINT, 1), delay
-        until(demo.is_gone, "all has ended", 5)
+        until(demo.is_gone, "all has ended", 20)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -181,10 +181,10 @@ def test_signals_in_the_middle(start: Start, number: signal.Signals) -> None:
     demo.interrupt(number)
     time.sleep(0.01)
     demo.interrupt(number)  # somebody is impatient
-    code, _, errors = demo.finish(10)
+    code, _, errors = demo.finish()
     assert code == 128 + number
     assert errors == f"aionpredis: interrupted by {number.name}\n"
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 30
     assert demo.is_gone()
 
 
@@ -195,7 +195,7 @@ def test_ctrl_c_at_the_end(start: Start) -> None:
         assert demo.process.poll() is None
     time.sleep(0.5)
     demo.interrupt()
-    assert demo.finish(10)[0] == 130
+    assert demo.finish()[0] == 130
     assert demo.is_gone()
 
 
@@ -205,7 +205,7 @@ def test_ctrl_c_cleans_up_on_a_server_that_others_use(start: Start) -> None:
         while not demo.stdout.readline().startswith("run   1"):
             assert demo.process.poll() is None
         demo.interrupt()
-        assert demo.finish(10)[0] == 130
+        assert demo.finish()[0] == 130
         assert demo.is_gone()
         assert all(stock.ttl(key) > 0 for key in stock.scan_iter())  # what was never committed
 
@@ -216,7 +216,7 @@ def test_sigkill(start: Start) -> None:
         assert demo.process.poll() is None
     demo.process.kill()
     demo.finish()
-    until(demo.is_gone, "all has ended", 5)
+    until(demo.is_gone, "all has ended", 20)
 
 
 def test_a_simulator_that_dies_is_noticed(start: Start) -> None:
@@ -227,7 +227,7 @@ def test_a_simulator_that_dies_is_noticed(start: Start) -> None:
         pid for pid in demo.processes() if b"aionpredis.demo.simulator" in Path(f"/proc/{pid}/cmdline").read_bytes()
     ]
     os.kill(simulators[1], signal.SIGKILL)
-    code, _, errors = demo.finish(10)
+    code, _, errors = demo.finish()
     assert code == 1
     assert "ended unexpectedly, with exit code -9" in errors
     assert "Traceback" not in errors
