@@ -87,14 +87,14 @@ class Stage(NamedTuple):
     url: str
 
     def replay(self, client: Client, **options: Any) -> Replay:
-        return client.replay(NAME, SCHEMA, chunk=CHUNK, lease=5.0, **options)
+        return client.replay(NAME, SCHEMA, chunk=CHUNK, **options)
 
     def connect(self, user: str, **options: Any) -> Client:
-        return aionpredis.connect(self.url, username=user, password=PASSWORD, timeout=2.0, **options)
+        return aionpredis.connect(self.url, username=user, password=PASSWORD, **options)
 
     async def begin(self, transitions: int = 0, *, keep: int = 9, chunk: int = CHUNK) -> int:
         """A new run with so many transitions."""
-        replay = self.admin.replay(NAME, SCHEMA, chunk=chunk, lease=5.0)
+        replay = self.admin.replay(NAME, SCHEMA, chunk=chunk)
         run = await replay.begin_run(WEIGHTS, keep=keep)
         if transitions:
             async with replay.actor() as actor:

@@ -196,7 +196,7 @@ async def test_block_runs(url: str, tmp_path: Path, capsys: pytest.CaptureFixtur
             "url": url,
             "weights": WEIGHTS,
         }
-        with anyio.fail_after(20):
+        with anyio.fail_after(40):
             try:
                 async with anyio.create_task_group() as tasks:
                     if WITH_SIMULATORS in block.marks:

@@ -324,7 +324,7 @@ async def test_a_probe_is_bounded_and_leaves_nothing(url: str, stock: redis.Redi
         async with Probe(client, frame, nbytes=1 << 20) as probe:
             assert probe.count == (1 << 20) // (12_800 + 128)
             for rate in (probe.write, probe.bare_write, probe.read, probe.bare_read, probe.append, probe.epoch):
-                assert await rate() > 10
+                assert await rate() > 0
             for seconds in (await probe.ping(5), await probe.set(5), await probe.get(5)):
                 assert len(seconds) == 5
                 assert latency(seconds).p99 >= latency(seconds).median > 0
@@ -419,7 +419,7 @@ def test_bench_that_is_interrupted_shows_what_it_has_and_cleans_up() -> None:
         assert process.returncode == 130
         assert "interrupted by SIGINT; after" in errors
         assert "what was written is deleted" in errors
-        left = [key for key in stock.scan_iter() if stock.ttl(key) < 0 or stock.ttl(key) > 10]
+        left = [key for key in stock.scan_iter() if stock.ttl(key) == -1 or stock.ttl(key) > 10]
         assert left == []
 
 
