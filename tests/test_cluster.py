@@ -215,6 +215,7 @@ async def test_a_primary_that_was_replaced_is_noticed_however_recently_the_map_w
 
 async def test_a_cluster_that_is_gone_is_an_error_after_the_time_to_retry() -> None:
     with Cluster(replicas=0) as cluster:
+        cluster.patience(PATIENT)
         async with aionpredis.connect(cluster.url, retry_timeout=0.5) as client:
             await fill(client)
             cluster.kill(cluster.owner(slot_of("a")))

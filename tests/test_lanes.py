@@ -311,6 +311,7 @@ async def test_a_server_that_became_a_replica_is_left_for_its_successor_with_all
                     await writer.put(key, np.array(0))
                 await writer.flush()
                 await anyio.to_thread.run_sync(partial(cluster.failover, old, graceful=True))
+                cluster.patience(PATIENT)  # no other one
                 before = client.stats().requests
                 for turn in (1, 2):
                     for key in keys:
