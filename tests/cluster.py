@@ -69,6 +69,7 @@ class Cluster(Nodes):
         self._primaries = primaries
         self._replicas = replicas
         self._tls = tls
+        self._patience = IMPATIENT
 
     @property
     def url(self) -> str:
@@ -102,6 +103,7 @@ class Cluster(Nodes):
         """For how long a node may be silent before it counts as failed. A busy machine lets a server stand still for a second:
         who wants no failover is `PATIENT`, and `kill`, `stop` and `failover` are `IMPATIENT` again.
         """
+        self._patience = milliseconds
         for node in self.nodes:
             if node.answers:
                 node.call("CONFIG", "SET", "cluster-node-timeout", milliseconds)
@@ -123,19 +125,20 @@ class Cluster(Nodes):
     def failover(self, primary: Node | int, *, graceful: bool = False) -> Node:
         """Have a primary (or that of a slot) replaced by a replica: killed, or by CLUSTER FAILOVER. Returns the new one."""
         old = self.owner(primary) if isinstance(primary, int) else primary
-        self.patience(
-            IMPATIENT
-        )  # of a server that was asked in vain it is also how long it waits before it tries again
+        patience = self._patience
+        self.patience(IMPATIENT)  # a server that was asked in vain waits four times as long before it tries again
         replicas = self.replicas(old)
         for _ in range(3):  # now and then a server that was asked to take over is a replica again at once
             if graceful:
                 replicas[0].call("CLUSTER", "FAILOVER")
             else:
                 self.kill(old)
-            wait(lambda: any(node.info()["role"] == "master" for node in replicas), f"a replica replaces {old}")
+            wait(lambda: any(node.info()["role"] == "master" for node in replicas), f"a replica replaces {old}", 40)
             self.wait_ok()
             for node in replicas:
                 if node.info()["role"] == "master":
+                    if graceful:
+                        self.patience(patience)
                     return node
         raise TimeoutError(f"no replica has replaced {old} for good")
 

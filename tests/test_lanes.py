@@ -294,6 +294,7 @@ async def test_a_primary_is_killed_while_it_is_written_to(cluster: Cluster) -> N
 def fresh(request: pytest.FixtureRequest) -> Iterator[Cluster]:
     """Where nobody was killed before: after that, a primary replaced by CLUSTER FAILOVER came back now and then."""
     with Cluster(binary=binary_of(request.param)) as cluster:
+        cluster.patience(PATIENT)
         yield cluster
 
 
@@ -311,7 +312,6 @@ async def test_a_server_that_became_a_replica_is_left_for_its_successor_with_all
                     await writer.put(key, np.array(0))
                 await writer.flush()
                 await anyio.to_thread.run_sync(partial(cluster.failover, old, graceful=True))
-                cluster.patience(PATIENT)  # no other one
                 before = client.stats().requests
                 for turn in (1, 2):
                     for key in keys:
