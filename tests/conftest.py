@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import redis
-from hypothesis import Phase, settings
+from hypothesis import HealthCheck, Phase, settings
 
 from aionpredis.server import Server
 
@@ -22,6 +22,9 @@ from .sentinel import Sentinels
 from .servers import binary_of, make_server
 from .stock import stock_of
 
+# A machine that stands still for a moment is no failure of an example.
+settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("patient")
 # For mutations.py: that an example fails is all it wants to know.
 settings.register_profile("unshrunk", phases=[Phase.explicit, Phase.reuse, Phase.generate])
 
