@@ -163,6 +163,7 @@ class Proxy(Faults):
         self.script = iter(script)
         self._pairs: dict[socket.socket, _Pair] = {}  # by either socket, while it is open
         self._threads: list[threading.Thread] = []
+        self._accepting = threading.Thread(target=self._accept, daemon=True)
         self._ended = threading.Event()
         self._lock = threading.Lock()
         if folder is None:
@@ -175,7 +176,7 @@ class Proxy(Faults):
             self._listener.listen(64)
 
     def __enter__(self) -> Self:
-        self._start(self._accept)
+        self._accepting.start()
         return self
 
     def __exit__(
@@ -189,9 +190,10 @@ class Proxy(Faults):
         self._listener.close()
         if self.url.startswith("unix://"):
             Path(self.url.removeprefix("unix://")).unlink()
+        self._accepting.join(30)  # it may be connecting to the server: what it makes then must not be left
         self.cut()
-        for thread in self._threads:
-            thread.join(20)
+        for thread in (self._accepting, *self._threads):
+            thread.join(30)
             assert not thread.is_alive()
 
     def cut(self) -> None:
@@ -336,7 +338,7 @@ def scripted(*steps: bytes | int) -> Iterator[socket.socket]:
     finally:
         with contextlib.suppress(OSError):
             theirs.shutdown(socket.SHUT_RDWR)
-        thread.join(20)
+        thread.join(30)
         theirs.close()
         ours.close()
         assert not thread.is_alive()
