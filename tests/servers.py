@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 import socket
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -29,11 +31,21 @@ def binary_of(kind: str) -> str | None:
     return REDIS if kind == "redis" else None
 
 
+_SLICE = 400
+_ports = itertools.count()
+
+
 def free_port() -> int:
-    """A TCP port of 127.0.0.1 on which nobody listens at the moment."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A TCP port of 127.0.0.1 on which nobody listens, and that nobody is given soon: neither a client or a server that takes
+    any port (these have others, on Linux) nor another worker of pytest-xdist.
+    """
+    worker = int("0" + os.environ.get("PYTEST_XDIST_WORKER", "").removeprefix("gw"))
+    while True:
+        port = 61_000 + worker % 11 * _SLICE + next(_ports) % _SLICE
+        with socket.socket() as probe, suppress(OSError):
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as servers do: what has ended is no obstacle
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def exists(pid: int) -> bool:
