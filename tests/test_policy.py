@@ -26,7 +26,7 @@ from aionpredis.server import Server
 
 from . import strategies
 from .replays import kill_connections
-from .servers import make_server
+from .servers import make_server, until
 
 pytestmark = pytest.mark.anyio
 
@@ -138,11 +138,11 @@ async def test_version_whose_weights_are_gone_is_passed_over(url: str, stock: re
     async with aionpredis.connect(url) as client:
         p = client.policy("p")
         stock.xadd("{p}:policy", {"token": "dead"}, id="1-0")
-        with anyio.fail_after(5):
+        with anyio.fail_after(20):
             assert await p.latest() is None
         await p.publish(weights(2))
         stock.xadd("{p}:policy", {"token": "dead"}, id="3-0")
-        with anyio.fail_after(5):
+        with anyio.fail_after(20):
             latest = await p.latest()
             assert latest is not None
             assert latest.version == 2
@@ -175,7 +175,8 @@ async def test_lease_that_ran_out_before_the_announcement_makes_another_version(
         assert latest.version == 2
 
 
-async def test_watchers_wake_at_once(url: str) -> None:
+async def test_watchers_wake_at_once(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(aionpredis.Client, "block_seconds", 20.0)
     async with aionpredis.connect(url) as client, aionpredis.connect(url) as publisher:
         woken: list[tuple[int, float]] = []
 
@@ -192,7 +193,7 @@ async def test_watchers_wake_at_once(url: str) -> None:
             published = time.monotonic()
             await publisher.policy("p").publish(weights(1))
         assert [version for version, _ in woken] == [1] * 10
-        assert max(at for _, at in woken) - published < 1.5
+        assert max(at for _, at in woken) - published < 10  # and not when the blocking read returns
 
 
 async def test_watch_skips_over_what_is_not_the_newest(url: str) -> None:
@@ -220,7 +221,10 @@ async def test_cancelled_watch_can_go_on(url: str, stock: redis.Redis) -> None:
             assert scope.cancelled_caught
         await p.publish(weights(1))
         assert (await anext(watch)).version == 1
-        assert len(stock.client_list()) <= 4  # blocked connections were closed
+        # Those that blocked are closed. (One that was being made is, too, when its thread has made it.)
+        with anyio.fail_after(20):
+            while len(stock.client_list()) > 4:
+                await anyio.sleep(0.01)
 
 
 async def test_watch_survives_broken_connections(url: str, stock: redis.Redis) -> None:
@@ -255,7 +259,7 @@ async def test_watch_goes_on_when_the_policy_was_deleted_and_begins_anew(
         await p.delete()
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(p.publish, weights(9))
-            with anyio.fail_after(5):
+            with anyio.fail_after(20):
                 version, found = await anext(watch)
         assert version == 1
         assert (found["w"] == 9).all()
@@ -461,7 +465,6 @@ async def test_old_weights_that_a_failover_brought_back_are_deleted(url: str, st
 async def test_publisher_that_dies_at_any_step_leaves_nothing_unnamed_after_its_lease(
     url: str, stock: redis.Redis, monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
-    monkeypatch.setattr(policy_module, "LEASE", 0.05)
     steps = 0
     for fatal in range(1, 9):  # 6 SETs, the announcement, PERSIST
         async with aionpredis.connect(url) as client:
@@ -483,6 +486,7 @@ async def test_publisher_that_dies_at_any_step_leaves_nothing_unnamed_after_its_
                 return step
 
             with monkeypatch.context() as patch:
+                patch.setattr(policy_module, "LEASE", 0.05)
                 for name in ("send", "call", "call_many"):
                     patch.setattr(client, name, dying(name))
                 try:
@@ -492,10 +496,7 @@ async def test_publisher_that_dies_at_any_step_leaves_nothing_unnamed_after_its_
                     pass
             assert steps == fatal
             assert all(stock.pttl(key) != -1 for key in unnamed(stock))
-            deadline = time.monotonic() + 5
-            while unnamed(stock):
-                assert time.monotonic() < deadline
-                await anyio.sleep(0.01)
+            until(lambda: not unnamed(stock), "nothing unnamed")
             version = await client.policy("p").publish(large(fatal + 0.5))
             found = await client.policy("p").latest()
             assert found is not None
@@ -615,15 +616,16 @@ def calls(stock: redis.Redis, command: str) -> int:
 
 async def blocked(stock: redis.Redis, count: int) -> None:
     """Wait until so many connections wait at the server."""
-    with anyio.fail_after(5):
+    with anyio.fail_after(20):
         while dict(stock.info("clients"))["blocked_clients"] != count:
             await anyio.sleep(0.01)
 
 
 @pytest.mark.parametrize("size", [10, 300_000])
 async def test_watchers_of_one_client_wait_and_fetch_together_and_get_memory_of_their_own(
-    url: str, stock: redis.Redis, size: int
+    url: str, stock: redis.Redis, size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(aionpredis.Client, "block_seconds", 20.0)  # none reads a second time
     async with aionpredis.connect(url) as client, aionpredis.connect(url) as publisher:
         found: list[Any] = []
 
