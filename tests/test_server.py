@@ -180,6 +180,7 @@ def test_many_at_once() -> None:
 
 def test_no_descriptor_is_left_open() -> None:
     def descriptors() -> list[str]:
+        gc.collect()  # what other tests have left is not closed in between
         return sorted(path.name for path in Path("/proc/self/fd").iterdir())
 
     if not Path("/proc/self/fd").is_dir():
@@ -326,10 +327,15 @@ def test_a_server_that_never_answers(tmp_path: Path, monkeypatch: pytest.MonkeyP
     binary = tmp_path / "sleepy"
     binary.write_text(f"#!/bin/sh\n[ $1 = --version ] && exit\necho zzz; echo $$ >{tmp_path}/pid; exec sleep 1000\n")
     binary.chmod(0o700)
-    with pytest.raises(ConnectError, match=r"within 0.3 s:\nzzz"):
-        Server(binary=binary, timeout=0.3).start()
-    assert not exists(int((tmp_path / "pid").read_text()))
-    assert not list((tmp_path / "run").iterdir())
+    pid = tmp_path / "pid"
+    for timeout in (0.3, 3, 10):  # seconds, in which two shells have started
+        with pytest.raises(ConnectError) as raised:
+            Server(binary=binary, timeout=timeout).start()
+        assert not list((tmp_path / "run").iterdir())
+        if pid.exists() and pid.read_text():
+            break
+    assert f"within {timeout} s:\nzzz" in str(raised.value)
+    assert not exists(int(pid.read_text()))
 
 
 def test_a_binary_that_does_not_exist(tmp_path: Path) -> None:

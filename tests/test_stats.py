@@ -98,10 +98,18 @@ async def test_waits_are_backpressure(url: str, stock: redis.Redis) -> None:
             await writer.put("k", STATE)
             await writer.flush()
             assert client.stats().waits == 0
-            pause(stock, 100)
-            for i in range(20):
-                await writer.put(f"k{i}", STATE)
-        assert client.stats().waits > 0
+            pause(stock, 20_000)
+
+            async def put() -> None:
+                for i in range(20):
+                    await writer.put(f"k{i}", STATE)
+
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(put)
+                with anyio.fail_after(15):
+                    while client.stats().waits == 0:
+                        await anyio.sleep(0.01)
+                stock.client_unpause()
 
 
 @pytest.mark.one_server("as many connections break as are counted")
@@ -174,23 +182,32 @@ async def test_each_refusal_is_counted_once_whoever_met_it(url: str, stock: redi
 @pytest.mark.one_server("a proxy is in front of it")
 async def test_repeated_items_and_chunks_are_counted(url: str, stock: redis.Redis, tmp_path: Path) -> None:
     with Proxy(url, tmp_path) as proxy:
+
+        async def travels(passed: int) -> None:
+            """Until more than so many bytes are on their way to the server, which does not take them."""
+            with anyio.fail_after(15):
+                while proxy.passed_up <= passed:
+                    await anyio.sleep(0.005)
+
         async with aionpredis.connect(proxy.url) as client:
             replay = replay_of(client, lease=20)
             await replay.begin_run()
             async with replay.actor() as actor:
                 await actor.join()
                 pause(stock, 20_000)
+                passed = proxy.passed_up
                 await fill(actor, range(4))
-                await anyio.sleep(0.02)
+                await travels(passed)
                 proxy.cut()
                 stock.client_unpause()
                 await actor.flush()
             assert client.stats().repeated == 1
             async with client.writer() as writer:
                 pause(stock, 20_000)
+                passed = proxy.passed_up
                 for i in range(3):
                     await writer.put(f"k{i}", STATE)
-                await anyio.sleep(0.02)
+                await travels(passed + STATE.nbytes)
                 proxy.cut()
                 stock.client_unpause()
             assert client.stats().repeated >= 2
