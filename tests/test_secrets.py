@@ -33,8 +33,9 @@ from aionpredis.wire.discovery import ClusterDialer, open_source
 from aionpredis.wire.resp import MAX_BULK
 from aionpredis.wire.source import read
 
+from .replays import pause
 from .servers import free_port, make_server, until
-from .test_tls import listener
+from .test_tls import listener, stay_silent
 from .tls import Certificates, Terminator
 
 pytestmark = pytest.mark.anyio
@@ -126,7 +127,7 @@ async def test_name_is_not_known(given: Any, monkeypatch: pytest.MonkeyPatch) ->
 
 
 async def test_silence(given: Any) -> None:
-    with listener(lambda connection, ended: ended.wait(5)) as port:
+    with listener(stay_silent) as port:
         assert "rediss://" in await refused(make(given, f"127.0.0.1:{port}", connect_timeout=0.4))
 
 
@@ -419,7 +420,8 @@ def test_commands(tmp_path: Path) -> None:
 def test_demo() -> None:
     """A whole demo on a server with a password: its output, its results, its processes' command lines."""
     pytest.importorskip("gymnasium")
-    with locked("valkey") as server:
+    with locked("valkey") as server, redis.Redis.from_url(server.url, password=CANARY) as stock:
+        pause(stock, 30_000)  # no run begins, for which the simulators wait, before they were looked at
         url = server.url.replace("unix://", f"unix://:{ENCODED}@")
         command = [sys.executable, "-m", "aionpredis", "demo", "--url", url, "--runs", "1", "--transitions", "200"]
         with subprocess.Popen(
@@ -437,6 +439,7 @@ def test_demo() -> None:
                 return bool(simulators) or process.poll() is not None
 
             until(found, "a simulator", 30)
+            stock.client_unpause()
             results, progress = process.communicate(timeout=50)
         clean(results, progress, *simulators)
         assert simulators

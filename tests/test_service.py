@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,7 +25,7 @@ from aionpredis.wire.resp import MAX_BULK, Reply, encode
 from .nodes import Node
 from .sentinel import SERVICE, Sentinels
 from .servers import binary_of, free_port
-from .test_tls import listener
+from .test_tls import listener, stay_silent
 from .tls import Certificates, tls_server
 
 pytestmark = pytest.mark.anyio
@@ -94,6 +95,7 @@ async def test_server_that_is_no_primary_is_refused() -> None:
         made = dialer(sentinels.url)
         primary, replica = sentinels.primary(), sentinels.servers[1]
         assert await port_dialed(made) == primary.port
+        sentinels.sentinels[0].call("SENTINEL", "SET", SERVICE, "down-after-milliseconds", 60_000)  # no failover now
         primary.call("REPLICAOF", replica.address, replica.port)
         with pytest.raises(ConnectError, match=rf"the Sentinels say 127.0.0.1:{primary.port}, which is no primary"):
             await made.dial()
@@ -105,13 +107,22 @@ async def test_server_that_is_no_primary_is_refused() -> None:
 async def test_all_sentinels_are_tried_within_one_connect_timeout(sentinels: Sentinels) -> None:
     silent, good = sentinels.sentinels[:2]
     sentinels.stop(silent)
-    made = dialer(url_of(free_port(), silent, good), connect_timeout=3)
-    began = time.monotonic()
-    assert await port_dialed(made) == sentinels.primary().port
-    assert 0.7 < time.monotonic() - began < 3
-    began = time.monotonic()
-    assert await port_dialed(made) == sentinels.primary().port
-    assert time.monotonic() - began < 0.7  # the one that knew is asked first
+
+    async def seconds(made: Dialer) -> float:
+        began = time.monotonic()
+        assert await port_dialed(made) == sentinels.primary().port
+        return time.monotonic() - began
+
+    async def first() -> Dialer:
+        made = dialer(url_of(free_port(), silent, good), connect_timeout=3)
+        assert 0.7 < await seconds(made) < 3
+        return made
+
+    try:
+        made = await first()
+    except ConnectError:  # the machine stood still for one of the four shares of the three seconds
+        made = await first()
+    assert min([await seconds(made) for _ in range(3)]) < 0.7  # the one that knew is asked first
 
 
 async def test_no_connection_to_a_sentinel_remains(sentinels: Sentinels) -> None:
@@ -119,7 +130,7 @@ async def test_no_connection_to_a_sentinel_remains(sentinels: Sentinels) -> None
     before = len(watched.admin.client_list())
     for _ in range(3):
         await port_dialed(dialer(url_of(watched)))
-    with anyio.fail_after(5):
+    with anyio.fail_after(20):
         while len(watched.admin.client_list()) > before:
             await anyio.sleep(0.01)
 
@@ -154,18 +165,22 @@ async def test_errors_name_the_service_and_its_sentinels(sentinels: Sentinels) -
 
 
 async def test_silent_sentinels_take_no_longer_than_connect_timeout() -> None:
-    with listener(lambda connection, ended: ended.wait(9)) as one, listener(lambda _, ended: ended.wait(9)) as two:
-        began = time.monotonic()
-        with pytest.raises(ConnectError, match=r"Sentinel.*Timeout.*Timeout"):
-            await dialer(url_of(one, two), connect_timeout=1.2).dial()
-        assert time.monotonic() - began < 1.2
+    with listener(stay_silent) as one, listener(stay_silent) as two:
+        for _ in range(3):
+            began = time.monotonic()
+            with pytest.raises(ConnectError) as raised:
+                await dialer(url_of(one, two), connect_timeout=1.2).dial()
+            if (seconds := time.monotonic() - began) < 1.2:  # else the machine stood still for one of its three shares
+                break
+        assert seconds < 1.2
+        assert re.search("Sentinel.*Timeout.*Timeout", str(raised.value))
 
 
 async def test_primary_that_is_down_is_said_to_be() -> None:
     with Sentinels(replicas=0, sentinels=1) as sentinels:
         made = dialer(sentinels.url)
         sentinels.kill(sentinels.primary())
-        with anyio.fail_after(10):
+        with anyio.fail_after(30):
             while True:
                 with pytest.raises(ConnectError) as raised:
                     await made.dial()

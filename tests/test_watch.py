@@ -57,6 +57,7 @@ async def test_its_numbers_are_those_of_the_replay(url: str, stock: redis.Redis)
             await fill(right, range(9))
             await left.flush()
             await right.flush()
+            began = time.monotonic()
             view = await observer.look()
             assert view.run is not None
             assert (view.run.run, view.run.policy, view.policy) == (run.run, 1, 1)
@@ -73,14 +74,13 @@ async def test_its_numbers_are_those_of_the_replay(url: str, stock: redis.Redis)
             assert {actor.seen for actor in view.actors} == {None}
             assert view.rate is None
 
-            began = time.monotonic()
             await anyio.sleep(0.2)
             await fill(left, range(42, 62))
             await left.flush()
             view = await observer.look()
             seconds = time.monotonic() - began
             assert view.rate is not None
-            assert 0.5 * 20 / seconds < view.rate < 20 / 0.2
+            assert 20 / seconds <= view.rate < 20 / 0.2
             rates = {actor.name: actor.rate for actor in view.actors}
             assert rates == {"left": pytest.approx(view.rate), "right": 0}
             seen = {actor.name: actor.seen for actor in view.actors}
@@ -399,7 +399,7 @@ def test_json_is_a_line_for_each_look_and_ctrl_c_is_a_clean_end() -> None:
             server.start()
             until(lambda: "error" not in line_of(process), "it goes on")
             process.send_signal(signal.SIGINT)
-            _, errors = process.communicate(timeout=20)
+            _, errors = process.communicate(timeout=45)
             assert (process.returncode, errors) == (0, "")
 
 
@@ -412,7 +412,7 @@ def test_a_single_look_that_was_interrupted_is_no_success(arguments: list[str], 
             connection, _ = silent.accept()
             with connection:
                 process.send_signal(signal.SIGINT)
-                _, errors = process.communicate(timeout=20)
+                _, errors = process.communicate(timeout=45)
     assert process.returncode == code
     assert errors == ("aionpredis: interrupted by SIGINT\n" if code else "")
 
@@ -425,7 +425,7 @@ def test_who_reads_it_may_stop_reading(own_server: Server) -> None:
         process.stdout.close()
         assert process.stderr is not None
         assert process.stderr.read() == ""
-        assert process.wait(20) == 1
+        assert process.wait(45) == 1
 
 
 @pytest.mark.one_server("the command")
@@ -447,7 +447,7 @@ def test_live_picture_and_what_happens_to_the_server_meanwhile(own_server: Serve
                 output += part
         except OSError:  # the other end is closed
             pass
-        assert process.wait(20) == 0
+        assert process.wait(45) == 0
     os.close(ours)
     assert b"no run: it was deleted, or no trainer has begun one yet" in output
     assert b"\x1b[?1049h" in output
@@ -466,7 +466,7 @@ def test_live_picture_and_what_happens_to_the_server_meanwhile(own_server: Serve
 )
 def test_errors_are_a_line_on_stderr(own_server: Server, arguments: list[str], code: int, says: str) -> None:
     with started(*(argument.format(url=own_server.url) for argument in arguments)) as process:
-        output, errors = process.communicate(timeout=20)
+        output, errors = process.communicate(timeout=45)
     assert (process.returncode, output) == (code, "")
     assert says in errors
     assert errors.count("\n") == 1
@@ -475,7 +475,7 @@ def test_errors_are_a_line_on_stderr(own_server: Server, arguments: list[str], c
 @pytest.mark.one_server("the command")
 def test_a_single_look_has_no_control_codes(own_server: Server) -> None:
     with started("r", "--url", own_server.url, "--once") as process:
-        output, errors = process.communicate(timeout=20)
+        output, errors = process.communicate(timeout=45)
     assert (process.returncode, errors) == (0, "")
     assert "no run" in output
     assert own_server.url[-16:] in output
