@@ -621,14 +621,14 @@ class Client:
         """Who has the key, with a shared connection that works."""
         topology = self.topology
         shard = topology.shard(key, immutable=immutable)
+        attempt = object()
         if shard.lost is not None:
-            self.faults.begins(LOST, shard.lost)
+            self.faults.begins(LOST, shard.lost, attempt)
         try:
             shard = await topology.reach(key, immutable=immutable)
             await shard.connection()
         except BaseException as error:
-            if not isinstance(error, ConnectError):  # else who called may try again
-                self.faults.leaves(LOST)
+            self.faults.leaves(LOST, attempt, for_another=isinstance(error, ConnectError))
             raise
         self.faults.ends(LOST)
         return shard

@@ -69,7 +69,7 @@ class Faults:
         self.place = ""
         """The server's address as it may stand in a log."""
         self._met = 0
-        self._began: dict[str, tuple[float, set[Retry]]] = {}  # by kind: since when, and who tries again
+        self._began: dict[str, tuple[float, set[object]]] = {}  # by kind: since when, and who tries again
 
     @property
     def changes(self) -> int:
@@ -85,24 +85,26 @@ class Faults:
         self._met += not isinstance(error, ConnectError)
         return LOST
 
-    def begins(self, kind: str, error: Exception, who: Retry | None = None) -> None:
+    def begins(self, kind: str, error: Exception, who: object) -> None:
         if kind not in self._began:
             self._began[kind] = time.monotonic(), set()
             logger.warning("%s: %s", self.place, str(error))  # a record may be kept, and all that an error refers to
-        if who is not None:
-            self._began[kind][1].add(who)
+        self._began[kind][1].add(who)
 
     def ends(self, kind: str) -> None:
         if kind in self._began:
             began, _ = self._began.pop(kind)
             logger.info("%s: %s is over after %.1f s", self.place, kind, time.monotonic() - began)
 
-    def leaves(self, kind: str, who: Retry | None = None) -> None:
-        """Given up, or cancelled. When nobody tries any more the fault is forgotten: it is news when it is met again."""
+    def leaves(self, kind: str, who: object, *, for_another: bool = False) -> None:
+        """Given up, or cancelled. When nobody tries any more the fault is forgotten: it is news when it is met again.
+
+        ``for_another``: whom this one has tried for, and who may try again in a moment.
+        """
         if kind in self._began:
             _, trying = self._began[kind]
             trying.discard(who)
-            if not trying:
+            if not (trying or for_another):
                 del self._began[kind]
 
 

@@ -1072,6 +1072,26 @@ async def test_outage_whose_last_caller_was_cancelled_is_news_when_it_is_met_aga
             place.proxy.stalled = False
 
 
+async def test_who_is_cancelled_leaves_an_outage_to_whoever_is_still_connecting(
+    place: Place, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "aionpredis.retry")
+    async with aionpredis.connect(place.url) as client:
+        connection = client.live_connection()
+        assert connection is not None
+        place.proxy.stalled = True
+        connection.abort(ConnectionLost("by the test"))
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(client.get, "k")
+            with anyio.fail_after(PATIENCE):
+                while not caplog.records:
+                    await anyio.sleep(0.005)
+            with anyio.move_on_after(0.05):
+                await client.get("k")
+            place.proxy.stalled = False
+    assert [record.levelname for record in caplog.records] == ["WARNING", "INFO"]
+
+
 async def test_log_has_no_secrets(place: Place, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG, "aionpredis")
     place.config(requirepass="hunter2")
