@@ -82,7 +82,7 @@ class Node:
         own = {"bind": address, "bind-source-addr": address, "protected-mode": "no"}
         if tls:
             own["tls-port"] = str(port)
-        self._server = Server(port=None if tls else port, binary=binary, config=own | dict(config))
+        self._server = Server(port=None if tls else port, binary=binary, config=own | dict(config), timeout=30)
 
     def start(self) -> None:
         """Start it; what a process before this one had in memory is lost."""

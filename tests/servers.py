@@ -21,7 +21,7 @@ REDIS = shutil.which("redis-server", path=os.pathsep.join([os.environ.get("PATH"
 
 def make_server(kind: str, **options: object) -> Server:
     """A server of this kind, ``valkey`` or ``redis``, not started; the test is skipped where there is none."""
-    return Server(binary=binary_of(kind), **options)  # type: ignore[arg-type]
+    return Server(binary=binary_of(kind), **{"timeout": 30.0, **options})  # type: ignore[arg-type]
 
 
 def binary_of(kind: str) -> str | None:

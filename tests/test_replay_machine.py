@@ -924,7 +924,7 @@ class Machine(RuleBasedStateMachine):
         await asyncio.sleep(0)
 
     def _end_well(self) -> None:
-        """`leftover_keys` is judged after one lease."""
+        """`leftover_keys` is judged after one lease, of what may have been under way for as long as the machine stood still."""
         for timer in self.timers:
             timer.join()
         self.world.proxy.cut_up = self.world.proxy.cut_down = None
@@ -935,8 +935,9 @@ class Machine(RuleBasedStateMachine):
             self.epoch(back, 5, True)
         self.begin(1)
         self.everything_holds()
-        ends = time.monotonic() + self.lease + 0.5
-        while (seen := self.look()).ttl.keys() - seen.rows.keys() and time.monotonic() < ends:
+        ends = time.monotonic() + LIVENESS
+        while (leftover := (seen := self.look()).ttl.keys() - seen.rows.keys()) and time.monotonic() < ends:
+            assert max(seen.ttl[chunk] for chunk in leftover) <= self.lease * 1000
             time.sleep(0.01)
         assert seen.ttl == {}
         assert seen.rows == {}
