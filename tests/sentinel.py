@@ -87,7 +87,8 @@ class Sentinels(Nodes):
         return self._replaced(old)
 
     def _replaced(self, old: Node) -> Node:
-        wait(lambda: self.primary() is not old, f"{old} is replaced")
+        # One that stood still for two seconds does nothing for 30: it takes that for a jump of its clock.
+        wait(lambda: self.primary() is not old, f"{old} is replaced", 45)
         self.wait_ok()
         return self.primary()
 
