@@ -591,6 +591,7 @@ def available() -> int:
         return 0
 
 
+@pytest.mark.timeout(240)
 @pytest.mark.skipif(available() < 5e9, reason="needs 5 GB of memory")
 def test_more_than_the_server_takes_in_one_string_travels_in_parts() -> None:
     async def main(url: str) -> None:
