@@ -338,7 +338,7 @@ def scripted(*steps: bytes | int) -> Iterator[socket.socket]:
     finally:
         with contextlib.suppress(OSError):
             theirs.shutdown(socket.SHUT_RDWR)
-        thread.join(30)
+        thread.join(20)
         theirs.close()
         ours.close()
         assert not thread.is_alive()
