@@ -17,7 +17,8 @@ import aionpredis
 from .cancelling import WAYS, Figures, go, stepped
 from .servers import until
 
-pytestmark = pytest.mark.anyio
+# A call suspends more often on a slow machine, and is cancelled at each of these steps.
+pytestmark = [pytest.mark.anyio, pytest.mark.timeout(240)]
 
 
 # What differs between the servers has little to do with cancellation.
