@@ -40,12 +40,13 @@ def free_port() -> int:
     any port (these have others, on Linux) nor another worker of pytest-xdist.
     """
     worker = int("0" + os.environ.get("PYTEST_XDIST_WORKER", "").removeprefix("gw"))
-    while True:
+    for _ in range(_SLICE):
         port = 61_000 + worker % 11 * _SLICE + next(_ports) % _SLICE
         with socket.socket() as probe, suppress(OSError):
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as servers do: what has ended is no obstacle
             probe.bind(("127.0.0.1", port))
             return port
+    raise OSError("no free port")
 
 
 def exists(pid: int) -> bool:
