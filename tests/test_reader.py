@@ -200,6 +200,24 @@ async def test_what_drop_last_left_out_is_in_the_epoch_after(
                 await fill(actor, range(count, count + 10))
 
 
+@pytest.mark.filterwarnings("ignore:chunk")
+async def test_a_missing_chunk_that_is_committed_again_is_in_the_epoch_after_with_all_its_rows(
+    url: str, stock: redis.Redis
+) -> None:
+    """Also if a part of them was to be in a batch that was handed out without them."""
+    async with aionpredis.connect(url) as client:
+        replay, run = await filled(client, 12)
+        key = key_of(stock, 2)
+        value: Any = stock.get(key)
+        stock.delete(key)
+        reader = await replay.epoch(run, batch=5, shuffle=False, drop_last=True)
+        assert await uids(reader) == list(range(8))
+        stock.set(key, value)
+        entries: Any = stock.xrange("{r}:log")
+        stock.xadd("{r}:log", entries[-1][1], id=f"{run.run}-*")
+        assert await uids(await replay.epoch(run, after=reader)) == list(range(8, 12))
+
+
 async def test_after_what_a_shuffled_reader_left_out_there_is_a_position_at_the_end_alone(url: str) -> None:
     """That a part of it is not behind all that was read would be forgotten."""
     async with aionpredis.connect(url) as client:

@@ -573,11 +573,12 @@ def where_ended(reader: Batches) -> tuple[LogReader, Position | None, list[Chunk
     log = reader._log.copy()
     rest: list[ChunkId] = []
     for batch in reader._batches:  # one at most
-        log.begun[batch.chunks[0][:2]] = batch.row
         missing = {hole.start for hole in batch.holes}
         row = 0
         for chunk in batch.chunks:
-            if row not in missing:
+            begun = log.begun.get(chunk[:2], 0) if row else batch.row
+            if row not in missing:  # else none of its rows was handed out, and it may be committed again
+                log.begun[chunk[:2]] = begun
                 rest.append(chunk)
-            row += chunk.rows - log.begun.get(chunk[:2], 0)
+            row += chunk.rows - begun
     return log, reader._position, sorted(rest, key=attrgetter("entry"))
