@@ -146,6 +146,25 @@ async def test_after_reads_what_came_since(url: str) -> None:
             await replay.epoch(after=first)
 
 
+async def test_after_a_reader_of_a_share_reads_that_share_and_another_one_is_an_error(url: str) -> None:
+    async with aionpredis.connect(url) as client:
+        replay, run = await filled(client, 80)
+        whole = await replay.epoch(run)
+        first = await replay.epoch(run, shard=(0, 2))
+        for reader in (whole, first):
+            await uids(reader)
+        async with replay_of(client).actor() as actor:
+            await actor.join()
+            await fill(actor, range(80, 160))
+        mine = set(await uids(await replay.epoch(run, shard=(0, 2)))) - set(range(80))
+        assert 0 < len(mine) < 80
+        for shard in (None, (0, 2)):
+            assert set(await uids(await replay.epoch(run, after=first, shard=shard))) == mine
+        for reader, other in ((first, (1, 2)), (first, (0, 1)), (whole, (0, 2))):
+            with pytest.raises(UsageError, match="after= has read shard="):
+                await replay.epoch(run, after=reader, shard=other)
+
+
 async def test_after_a_reader_that_has_not_ended_is_an_error(url: str) -> None:
     """What it has not handed out would be read by nobody."""
     async with aionpredis.connect(url) as client:

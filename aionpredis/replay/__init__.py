@@ -269,7 +269,7 @@ class Replay:
         seed: int | None = None,
         drop_last: bool = False,
         after: Batches | Iterable[int] | None = None,
-        shard: tuple[int, int] = (0, 1),
+        shard: tuple[int, int] | None = None,
     ) -> Batches:
         """Everything that is committed to the run (default: the newest) now, each transition once, in batches::
 
@@ -280,10 +280,10 @@ class Replay:
         stay together. ``drop_last``: leave out a last, shorter batch. ``after``: an earlier reader of this run that has
         come to its end, or the :attr:`~Batches.position` of one; what it has handed out is left out, what its ``drop_last``
         left out is not. ``shard``: ``(i, n)`` is the i-th of n learners, 0 the first, that share the run: each chunk goes to
-        exactly one of them.
+        exactly one of them; by default the whole run, or the share of the reader that is ``after``.
 
         Raises:
-            UsageError: ``after`` is a reader that has not come to its end, or has read another run.
+            UsageError: ``after`` is a reader that has not come to its end, or has read another run or share.
         """
         number = await self._run(run)
         position: Position | None
@@ -291,9 +291,11 @@ class Replay:
         if isinstance(after, Batches):
             _check_after(after.run, number)
             log, position, rest = where_ended(after)
+            if shard is not None and _shard(shard) != log.shard:
+                raise UsageError(f"after= has read shard={log.shard}, not {shard}")
         else:
             position = _position(after, number)
-            log = self._log(number, shard, position)
+            log = self._log(number, (0, 1) if shard is None else shard, position)
         # What a shuffled reader has left out lies between what it has handed out: no position tells them apart.
         in_order = not shuffle and position is not None
         source = EpochSource(log, np.random.default_rng(seed) if shuffle else None, rest, in_order=in_order)
