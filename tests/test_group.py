@@ -120,6 +120,27 @@ async def test_groups_of_older_runs_are_deleted_and_end_their_readers(url: str, 
         await consume(old, seen, acknowledge=False)  # ends
 
 
+async def test_a_reader_of_a_group_has_no_position_and_nothing_goes_on_after_it(url: str) -> None:
+    """It does not know what the others of its group have read."""
+    async with aionpredis.connect(url) as client:
+        replay = await prepared(client, 8)
+        run = await replay.latest_run()
+        await replay.begin_run(keep=2)
+        batches = await replay.consume(run, group="g", batch=4)
+
+        async def check() -> None:
+            with pytest.raises(UsageError, match="position"):
+                _ = batches.position
+            with pytest.raises(UsageError, match="Go on with consume"):
+                await replay.epoch(run, after=batches)
+
+        await check()
+        async for _ in batches:
+            await check()
+            await batches.acknowledge()
+        await check()
+
+
 def take_away(stock: redis.Redis, run: Begin, *, evict: bool) -> None:
     """The data of all chunks behind the second, and their entries."""
     entries: Any = stock.xrange("{r}:log", f"{run.run}-3", f"{run.run}-999")

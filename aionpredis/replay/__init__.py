@@ -283,7 +283,8 @@ class Replay:
         exactly one of them; by default the whole run, or the share of the reader that is ``after``.
 
         Raises:
-            UsageError: ``after`` is a reader that has not come to its end, or has read another run or share.
+            UsageError: ``after`` is a reader that has not come to its end, has read another run or share, or is one of
+                :meth:`consume`.
         """
         number = await self._run(run)
         position: Position | None
@@ -342,7 +343,7 @@ class Replay:
         """
         log = self._log(await self._run(run))
         source = GroupSource(self._client, self._names, log, check_name(group), reclaim=reclaim)
-        return self._batches(log, source, batch, False, _position(None, log.run))
+        return self._batches(log, source, batch, False, None)
 
     def _progress(self, kind: str, log: LogReader) -> Progress | None:
         if not self._max_lag:

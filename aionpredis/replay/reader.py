@@ -392,7 +392,8 @@ class Batches:
                 self._groups = self._next_groups()
                 self.stats.duplicates, self.stats.gaps = self._log.duplicates, self._log.gaps
                 if not more and (self._drop_last or not self._batches):
-                    if not self._batches and self._position is None:
+                    # Of a group's readers none has read the log up to there.
+                    if not self._batches and self._position is None and not isinstance(self._source, GroupSource):
                         self._position = Position(self._log.run, self._log.entry, MAX_ROWS)
                     self._ended = True
                     raise StopAsyncIteration
@@ -563,8 +564,13 @@ def where_ended(reader: Batches) -> tuple[LogReader, Position | None, list[Chunk
     ``drop_last`` has left out; the first rows of one of them may have been handed out.
 
     Raises:
-        UsageError: it has not come to its end.
+        UsageError: it has not come to its end, or is one of a group.
     """
+    if isinstance(reader._source, GroupSource):
+        raise UsageError(
+            "after= cannot be a reader of consume(): what was read its group knows, and not one of its readers. Go on with "
+            "consume() of the same group"
+        )
     if not reader._ended:
         raise UsageError(
             "after= is a reader that has not come to its end: nobody would read what it has not handed out. Read on until it "
