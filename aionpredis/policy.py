@@ -116,8 +116,8 @@ class Policy:
 
     def __init__(self, client: Client, name: str, *, keep: int = 4) -> None:
         self.name = check_name(name)
-        if keep < 1:
-            raise UsageError(f"keep is at least 1, not {keep}")
+        if isinstance(keep, bool) or not isinstance(keep, int) or keep < 1:
+            raise UsageError(f"keep is a positive number of versions, not {keep!r}")
         self._client = client
         self._keep = keep
         self._stream = stream_of(name)
@@ -230,7 +230,8 @@ class Policy:
 
     async def get(self, version: int) -> PolicyVersion | None:
         """That version; ``None`` if there is none, or it was deleted as old. Errors as for :meth:`Client.get_record`."""
-        entries = await streams.page(self._client, self._stream, f"{version}-0", f"{version}-0")
+        entry = f"{_number(version)}-0"
+        entries = await streams.page(self._client, self._stream, entry, entry)
         return await self._load(self._announced(entries[0])) if entries else None
 
     async def _load(self, announced: Announced) -> PolicyVersion | None:
@@ -309,7 +310,7 @@ class Policy:
         ``after``: begin behind that version; 0 yields the present one first. Versions published in quick succession are
         skipped over. Waits for ever if nothing is published.
         """
-        return PolicyWatch(self, after)
+        return PolicyWatch(self, _number(after))
 
 
 class PolicyWatch:
@@ -333,6 +334,13 @@ class PolicyWatch:
                 return found
             read = partial(streams.read_blocking, policy._client, policy._stream, (newest, 0), 1)
             await _together(policy._client, (policy._stream, newest), read)
+
+
+def _number(version: int) -> int:
+    """0 stands for none."""
+    if isinstance(version, bool) or not isinstance(version, int) or not 0 <= version <= streams.RIGHT_MAX:
+        raise UsageError(f"a version is a number, 1 the first, not {version!r}")
+    return version
 
 
 def _split(weights: Mapping[str, object]) -> tuple[list[Weights], dict[str, tuple[int, ...]]]:

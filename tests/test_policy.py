@@ -80,8 +80,20 @@ async def test_old_versions_are_deleted_and_the_others_never_change(url: str, st
             assert stock.xlen("{p}:policy") == len(keys)
         assert await policy.get(3) is None
         assert (await policy.get(4)) is not None
-        with pytest.raises(UsageError):
-            Policy(client, "p", keep=0)
+        for wrong in (0, 1.5, True, "x"):
+            with pytest.raises(UsageError, match="keep"):
+                Policy(client, "p", keep=wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("wrong", [-1, 10**30, True, 1.5, "x"], ids=str)
+async def test_what_is_no_version_is_a_usage_error(url: str, wrong: Any) -> None:
+    async with aionpredis.connect(url) as client:
+        policy = client.policy("p")
+        with pytest.raises(UsageError, match="a version is"):
+            await policy.get(wrong)
+        with pytest.raises(UsageError, match="a version is"):
+            policy.watch(after=wrong)
+        assert await policy.get(0) is None  # what a run without a policy says
 
 
 async def test_publishers_at_the_same_moment_get_different_versions(url: str, stock: redis.Redis) -> None:

@@ -17,7 +17,7 @@ import redis
 from numpy.typing import NDArray
 
 import aionpredis
-from aionpredis import Batches, Client, Position, Replay, ReplayGone, Run, Schema, SchemaMismatch, UsageError
+from aionpredis import Batches, Client, Position, Replay, ReplayGone, Run, Schema, SchemaMismatch, UsageError, streams
 from aionpredis.replay.log import Seen
 
 from .replays import SCHEMA, data_keys, fill, kill_connections, log_entries, replay_of, uids
@@ -315,6 +315,42 @@ async def test_a_stored_position_goes_on_exactly_behind_what_was_handed_out(
         await replay.begin_run()
         with pytest.raises(UsageError, match="after= has read run"):
             await replay.follow(after=end)
+
+
+@pytest.mark.parametrize(
+    "wrong", [(0.5, 2), (True, 2), (0, True), (0,), (0, 1, 2), "ab", 1, (np.float64(0), 2)], ids=str
+)
+async def test_a_shard_that_is_not_two_ints_is_a_usage_error(url: str, wrong: Any) -> None:
+    async with aionpredis.connect(url) as client:
+        replay, _ = await filled(client, 4)
+        for call in (replay.epoch, replay.follow, replay.draw_chunks, replay.sampler):
+            with pytest.raises(UsageError, match="shard="):
+                await call(shard=wrong)
+        numbers: Any = np.arange(2)
+        assert await uids(await replay.epoch(shard=numbers)) == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("wrong", [-1, 0, 10**30, True, 1.5, "x"], ids=str)
+async def test_what_is_no_run_is_a_usage_error(url: str, wrong: Any) -> None:
+    async with aionpredis.connect(url) as client:
+        replay, _ = await filled(client, 4)
+        calls = (
+            replay.epoch,
+            replay.follow,
+            replay.count,
+            replay.delete_runs_before,
+            replay.drop,
+            replay.leftover_keys,
+        )
+        for call in calls:
+            with pytest.raises(UsageError, match="a run is"):
+                await call(wrong)
+        if wrong != 10**30:
+            with pytest.raises(UsageError, match="keep"):
+                await replay.begin_run(keep=wrong)
+        else:
+            await replay.begin_run(keep=wrong)
+            assert await replay.leftover_keys(streams.RIGHT_MAX) != []
 
 
 async def test_where_there_is_no_position_the_error_says_what_has_one(url: str) -> None:

@@ -43,6 +43,7 @@ from aionpredis.replay.sampler import NStep, Sample, Sampler, SampleStats
 from aionpredis.replay.schema import MAX_CHUNK_BYTES, Schema
 from aionpredis.replay.selection import Fifo, Lifo, Newest, Prioritized, Selection, Shuffled, Uniform
 from aionpredis.replicas import Replicas
+from aionpredis.streams import RIGHT_MAX
 
 if TYPE_CHECKING:
     from aionpredis.client import Client
@@ -164,8 +165,7 @@ class Replay:
             ReplayError: the server may evict keys by itself.
             ServerFull: no memory is left for the log or the policy, and no run to delete.
         """
-        if keep < 1:
-            raise UsageError(f"keep is at least 1, the run that is begun; not {keep}")
+        _check_count("keep", keep, "runs")
         await runs.check_eviction(self._client, self._names)
         # Before it begins: the actors that join it say their names anew.
         await self._client.call("UNLINK", self._names.actors, repeatable=True)
@@ -186,7 +186,7 @@ class Replay:
                 if not await runs.delete_oldest(self._client, self._names):
                     raise
         self._beginning = runs.Beginning(self._client, self._names, run)
-        await self.delete_runs_before(run.run - keep + 1)
+        await self.delete_runs_before(max(1, run.run - keep + 1))
         return run
 
     async def latest_run(self) -> Run | None:
@@ -569,10 +569,13 @@ def _check_after(read: int, run: int) -> None:
 
 
 def _shard(shard: tuple[int, int]) -> tuple[int, int]:
-    index, learners = shard
-    if not 0 <= index < learners:
-        raise UsageError(f"shard=(i, n) is the i-th of n learners, 0 the first, not {shard!r}")
-    return index, learners
+    try:
+        index, learners = (operator.index(number) for number in shard if not isinstance(number, bool))
+        if 0 <= index < learners:
+            return index, learners
+    except (TypeError, ValueError):  # not a sequence, not of ints, not two of them
+        pass
+    raise UsageError(f"shard=(i, n) is the i-th of n learners, 0 the first, not {shard!r}")
 
 
 def _check_count(name: str, value: object, what: str = "transitions") -> None:
@@ -581,4 +584,7 @@ def _check_count(name: str, value: object, what: str = "transitions") -> None:
 
 
 def _number(run: int | Run) -> int:
-    return run if isinstance(run, int) else run.run
+    number = run.run if isinstance(run, Run) else run
+    if isinstance(number, bool) or not isinstance(number, int) or not 1 <= number <= RIGHT_MAX:
+        raise UsageError(f"a run is an aionpredis.Run or its number, not {run!r}")
+    return number
