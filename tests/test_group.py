@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import struct
 from collections import Counter
+from collections.abc import Collection
 from typing import Any
 
 import anyio
+import anyio.lowlevel
 import pytest
 import redis
 
@@ -90,6 +92,133 @@ async def test_a_batch_that_is_not_full_is_not_held_back(url: str) -> None:
         await batches.acknowledge()
 
 
+@pytest.mark.parametrize("ended", [False, True])
+async def test_a_batch_that_is_not_full_comes_however_short_the_steps_are(url: str, ended: bool) -> None:
+    """Repeated, a step does not begin to wait anew."""
+    async with aionpredis.connect(url) as client:
+        replay = await prepared(client, 10)
+        run = await replay.latest_run()
+        if ended:
+            await replay.begin_run(keep=2)
+        batches = await replay.consume(run, group="g", batch=256)
+        found: list[int] = []
+        with anyio.fail_after(20):
+            while not found:
+                with anyio.move_on_after(0.2):
+                    found = (await anext(batches))["uid"].tolist()
+        assert sorted(found) == list(range(10))
+
+
+async def test_a_batch_is_full_while_chunks_come_one_by_one(url: str) -> None:
+    """Whoever is faster than the actors does not train on less."""
+    async with aionpredis.connect(url) as client, anyio.create_task_group() as tasks:
+        replay = await prepared(client, 0)
+        batches = await replay.consume(group="g", batch=12)
+
+        async def act() -> None:
+            async with replay.actor() as actor:
+                await actor.join()
+                for start in range(0, 12, 4):
+                    await anyio.sleep(0.05)
+                    await fill(actor, range(start, start + 4))
+                    await actor.flush()
+
+        tasks.start_soon(act)
+        assert sorted((await anext(batches))["uid"].tolist()) == list(range(12))
+
+
+def let_lie(stock: redis.Redis, run: Begin, consumer: str, ids: list[bytes], seconds: int) -> None:
+    """These are given to the reader of this name, as of so many seconds ago."""
+    stock.execute_command("XCLAIM", "{r}:log", f"g:{run.run}", consumer, 0, *ids, "IDLE", seconds * 1000)  # type: ignore[no-untyped-call]
+
+
+async def test_what_waits_for_its_batch_longer_than_reclaim_is_not_in_it_twice(url: str, stock: redis.Redis) -> None:
+    async with aionpredis.connect(url) as client:
+        replay = await prepared(client, 10)
+        run = await replay.latest_run()
+        assert run is not None
+        batches = await replay.consume(run, group="g", batch=256)
+        with anyio.move_on_after(0.5):
+            await anext(batches)
+        ids = [b"%d-%d" % (run.run, number) for number in range(1, 4)]
+        let_lie(stock, run, batches._source._consumer, ids, 120)  # type: ignore[attr-defined]
+        assert sorted((await anext(batches))["uid"].tolist()) == list(range(10))
+
+
+@pytest.mark.parametrize("ask", ["_read", "_claim"])
+async def test_what_a_cancelled_step_was_given_comes_with_the_next_and_nothing_twice(
+    url: str, stock: redis.Redis, monkeypatch: pytest.MonkeyPatch, ask: str
+) -> None:
+    """And what was handed out has lain as long as before: a learner that only reads on is slow, too."""
+    async with aionpredis.connect(url) as client:
+        replay = await prepared(client, 8)
+        run = await replay.latest_run()
+        assert run is not None
+        batches = await replay.consume(run, group="g", batch=4, reclaim=1000)
+        source: Any = batches._source
+        found = (await anext(batches))["uid"].tolist()
+        let_lie(stock, run, source._consumer, [b"%d-1" % run.run], 500)
+        await appended(replay, range(8, 16))
+        if ask == "_claim":
+            ids = [b"%d-3" % run.run, b"%d-4" % run.run]
+            stock.xreadgroup(f"g:{run.run}", "dead", {"{r}:log": ">"})
+            let_lie(stock, run, "dead", ids, 2000)
+        scope = anyio.CancelScope()
+        given = getattr(source, ask)
+
+        async def cancelled(*arguments: Any) -> Any:
+            entries = await given(*arguments)
+            if entries:
+                scope.cancel()
+                await anyio.lowlevel.checkpoint()
+            return entries
+
+        monkeypatch.setattr(source, ask, cancelled)
+        with scope:
+            while True:
+                found += (await anext(batches))["uid"].tolist()
+        assert scope.cancelled_caught
+        monkeypatch.undo()
+        with anyio.fail_after(10):
+            while len(found) < 16:
+                found += (await anext(batches))["uid"].tolist()
+        assert sorted(found) == list(range(16))
+        pending: Any = stock.xpending_range("{r}:log", f"g:{run.run}", f"{run.run}-1", f"{run.run}-1", 1)
+        assert pending[0]["time_since_delivered"] >= 500_000
+
+
+async def test_what_a_lost_reply_had_given_comes_when_its_connection_is_known_to_be_broken(
+    url: str, stock: redis.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing of it twice, though a loader's user acknowledges meanwhile; and what is deleted holds nobody up."""
+    async with aionpredis.connect(url) as client:
+        replay = await prepared(client, 8)
+        run = await replay.latest_run()
+        assert run is not None
+        batches = await replay.consume(run, group="g", batch=4)
+        found = (await anext(batches))["uid"].tolist()
+        await appended(replay, range(8, 20))
+        consumer = batches._source._consumer  # type: ignore[attr-defined]
+        stock.xreadgroup(f"g:{run.run}", consumer, {"{r}:log": ">"})
+        stock.xdel("{r}:log", f"{run.run}-5")
+        await replay.begin_run(keep=2)
+        kill_connections(stock)
+        call = client.call
+
+        async def meanwhile(*arguments: Any, **options: Any) -> Any:
+            answer = await call(*arguments, **options)
+            if arguments[0] == "XPENDING":
+                monkeypatch.undo()
+                await batches.acknowledge()
+            return answer
+
+        monkeypatch.setattr(client, "call", meanwhile)
+        with anyio.fail_after(10):
+            await consume(batches, found)
+        assert sorted(found) == list(range(16))
+        assert stock.xpending("{r}:log", f"g:{run.run}")["pending"] == 0
+
+
 async def test_a_broken_connection_loses_nothing(url: str, stock: redis.Redis) -> None:
     async with aionpredis.connect(url) as client:
         replay = await prepared(client)
@@ -170,7 +299,7 @@ async def test_chunks_that_are_gone_do_not_keep_a_reader_from_its_end(
         scope = anyio.CancelScope()
         acknowledge = batches._source.acknowledge  # type: ignore[attr-defined]
 
-        async def cancelled_once(chunks: list[ChunkId]) -> None:
+        async def cancelled_once(chunks: Collection[ChunkId]) -> None:
             if len(chunks) == 8 and not scope.cancel_called:
                 scope.cancel()
             await acknowledge(chunks)

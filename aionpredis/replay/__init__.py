@@ -337,9 +337,9 @@ class Replay:
                 await batches.acknowledge()
 
         **At least once**: what a reader took and did not acknowledge within ``reclaim`` seconds (it died, or was slow) goes
-        to another one of the group. A batch may be shorter, when there is nothing more at the moment. By a consumer group of
-        the server's; readers that need each chunk exactly once share by ``shard=``. How far the group is holds no actor back:
-        ``max_lag`` does not count it.
+        to another one of the group. A batch is shorter when nothing has come for a second (a quarter of ``reclaim``, if that is
+        less), and at the run's end. By a consumer group of the server's; readers that need each chunk exactly once share by
+        ``shard=``. How far the group is holds no actor back: ``max_lag`` does not count it.
         """
         log = self._log(await self._run(run))
         source = GroupSource(self._client, self._names, log, check_name(group), reclaim=reclaim)

@@ -296,7 +296,6 @@ class Batches:
         self._size = batch
         self._drop_last = drop_last
         self._progress = progress
-        self._handed_out: list[ChunkId] = []  # to a group, and not acknowledged
         self._position = position
         self._ended = False
         self._groups: Iterator[list[_Wanted]] = iter(())
@@ -339,12 +338,7 @@ class Batches:
         """Of a group's reader (:meth:`Replay.consume`): the batches so far were processed, nobody gets their chunks again."""
         if not isinstance(self._source, GroupSource):
             raise UsageError("acknowledge() is for the batches of consume()")
-        chunks, self._handed_out = self._handed_out, []  # a loader's task may add more meanwhile
-        try:
-            await self._source.acknowledge(chunks)
-        except BaseException:
-            self._handed_out += chunks
-            raise
+        await self._source.acknowledge(tuple(self._source.handed_out))  # a loader's task may add more meanwhile
 
     def __aiter__(self) -> Batches:
         return self
@@ -408,7 +402,7 @@ class Batches:
         arrays = batch.finish()  # may lack memory: then it can be called again
         self._batches.popleft()
         if isinstance(self._source, GroupSource):
-            self._handed_out += batch.chunks
+            self._source.hand_out(batch.chunks)
         self._position = Position(self._log.run, *batch.last) if self._source.in_order else None
         rows = len(next(iter(arrays.values())))
         self.stats.transitions += rows
