@@ -175,6 +175,20 @@ def test_a_class_that_was_fine_once_does_not_open_the_door_for_another() -> None
     assert made.file()["action"].tolist() == [1, 2, 1, 3]
 
 
+@pytest.mark.parametrize(
+    ("dtype", "value"), [("uint8", 256), ("uint8", -1), ("int32", 2**31), ("int64", -(2**63) - 1), ("uint64", 2**64)]
+)
+def test_an_int_that_was_fine_once_does_not_open_the_door_for_one_that_is_out_of_range(dtype: str, value: int) -> None:
+    """NumPy 1 would store its lowest bits."""
+    made = Made(Schema(action=dtype))
+    for count in (1, 2):
+        made.rows.append(action=count)
+        with pytest.raises(EncodeError):
+            made.rows.append(action=value)
+        assert made.rows.count() == count
+    assert made.file()["action"].tolist() == [1, 2]
+
+
 @pytest.mark.parametrize("columns", [{"a": 1}, {"a": 1, "b": 2, "c": 3}, {"a": 1, "B": 2}])
 def test_missing_and_unknown_columns_are_type_errors(columns: dict[str, int]) -> None:
     made = Made(Schema(a="int64", b="int64"))
