@@ -289,6 +289,40 @@ async def test_bad_priorities_and_priorities_of_what_is_gone(url: str) -> None:
             (await replay.sampler()).update_priorities(batch.ids, np.ones(4))
 
 
+@pytest.mark.parametrize(("alpha", "priority"), [(2.0, 1e200), (1.0, 1.7e308), (1.0, 1e290)])
+async def test_priorities_that_are_too_large_are_refused_and_change_nothing(
+    url: str, alpha: float, priority: float
+) -> None:
+    async with aionpredis.connect(url) as client:
+        replay = await filled(client, 8)
+        sampler = await replay.sampler(batch=8, selection=Prioritized(alpha=alpha), seed=5)
+        batch = await sampler.sample()
+        with pytest.raises(UsageError, match="too large for alpha"):
+            sampler.update_priorities(batch.ids, np.full(8, priority))
+        await write(replay, range(100, 108))
+        await sampler.refresh()
+        drawn = await draw(sampler, 100)
+        assert min(drawn[uid] for uid in (*range(8), *range(100, 108))) > 20
+
+
+async def test_priorities_that_are_nearly_0_are_drawn_all_the_same(url: str) -> None:
+    async with aionpredis.connect(url) as client:
+        sampler = await (await filled(client, 8)).sampler(batch=8, selection=Prioritized(alpha=5.0), seed=5)
+        await sampler.refresh()
+        sampler.update_priorities(np.arange(8), np.full(8, 1e-70))
+        with anyio.fail_after(5):
+            drawn = await draw(sampler, 50)
+        assert min(drawn[uid] for uid in range(8)) > 20
+
+
+async def test_a_priority_of_0_is_never_drawn_with_alpha_0_either(url: str) -> None:
+    async with aionpredis.connect(url) as client:
+        sampler = await (await filled(client, 8)).sampler(batch=8, selection=Prioritized(alpha=0.0), seed=5)
+        await sampler.refresh()
+        sampler.update_priorities(np.arange(4), np.zeros(4))
+        assert set(await draw(sampler, 20)) == {4, 5, 6, 7}
+
+
 async def test_without_replacement_every_pass_has_each_transition_once(url: str) -> None:
     async with aionpredis.connect(url) as client:
         replay = await filled(client, 40)
@@ -858,6 +892,12 @@ async def test_wrong_options_are_usage_errors(url: str, options: dict[str, Any])
 
 
 def test_wrong_selections_are_usage_errors() -> None:
-    for make in (lambda: Newest(0), lambda: Prioritized(alpha=-1), lambda: Prioritized(beta=2), lambda: NStep(0)):
+    for make in (
+        lambda: Newest(0),
+        lambda: Prioritized(alpha=-1),
+        lambda: Prioritized(alpha=math.inf),
+        lambda: Prioritized(beta=2),
+        lambda: NStep(0),
+    ):
         with pytest.raises(UsageError):
             make()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Protocol
 
@@ -20,6 +21,9 @@ Eligible = Callable[[Ids], NDArray[np.bool_]]
 TRIES = 20
 """Draws of which nothing was eligible, after which all transitions are looked at. With one in ten eligible 20 draws of 256
 practically always find one."""
+
+LEAST, MOST = 1e-290, 1e290
+"""Of ``priority ** alpha``: their sums are finite, and what is positive stays so."""
 
 
 class Selection(Protocol):
@@ -125,11 +129,13 @@ class Prioritized:
     New transitions have the highest priority so far, so that each is seen; one outlier keeps it high for ever. ``alpha``: 0
     is uniform. ``beta``: how much of the bias the importance weights take back, 1 all of it; may be assigned anew at any
     time, as it is usually annealed.
+
+    ``priority ** alpha`` is less than 1e290; what is positive counts as 1e-290 at least.
     """
 
     def __init__(self, alpha: float = 0.6, beta: float = 0.4) -> None:
-        if not (alpha >= 0 and 0 <= beta <= 1):
-            raise UsageError(f"alpha is not negative and beta is 0 to 1, not {alpha!r} and {beta!r}")
+        if not (0 <= alpha < math.inf and 0 <= beta <= 1):
+            raise UsageError(f"alpha is finite and not negative, beta is 0 to 1, not {alpha!r} and {beta!r}")
         self.beta = beta
         self._alpha = alpha
         self._highest = 1.0
@@ -172,13 +178,21 @@ class Prioritized:
         return self._low + (slots - self._low) % self._size
 
     def update(self, ids: Ids, priorities: NDArray[np.floating]) -> None:
-        """Give transitions new priorities, finite and not negative; 0: never drawn. Later ones of the same number win."""
+        """Give transitions new priorities, finite and not negative; 0: never drawn. Later ones of the same number win.
+
+        Raises:
+            UsageError: one is something else, or too large for ``alpha``; nothing was changed.
+        """
         values = np.asarray(priorities, np.float64)
         if values.shape != ids.shape or not (np.isfinite(values).all() and (values >= 0).all()):
             raise UsageError("priorities are finite and not negative, one for each transition")
+        with np.errstate(over="ignore"):
+            powers = np.where(values > 0, np.maximum(values**self._alpha, LEAST), 0.0)
+        if not (powers < MOST).all():
+            raise UsageError(f"a priority of {values.max()} is too large for alpha={self._alpha}")
         if len(values):
+            self._tree.set(ids % self._size, powers)
             self._highest = max(self._highest, float(values.max()))
-            self._tree.set(ids % self._size, values**self._alpha)
 
     def weights(self, ids: Ids) -> NDArray[np.float32]:
         """Importance weights, at most 1: ``(n · p) ** -beta``, divided by the largest of all transitions. For what was just
