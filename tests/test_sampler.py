@@ -641,6 +641,23 @@ async def test_n_step_takes_no_stored_column_away(url: str) -> None:
         assert (batch["discount"] == 0.25).all()
 
 
+async def test_n_step_takes_rewards_of_shape_1_from_files_of_other_software(url: str, stock: redis.Redis) -> None:
+    schema = Schema(state="int64", reward=("float32", (1,)))
+    async with aionpredis.connect(url) as client:
+        replay = client.replay("r", schema, chunk=4)
+        await replay.begin_run()
+        async with replay.actor() as actor:
+            await actor.join()
+            for number in range(8):
+                await actor.append(state=number, reward=np.array([number], np.float32))
+        for key in sorted(data_keys(stock)):
+            record = await client.get_record(key)
+            assert record is not None
+            await client.set_record(key, record, codec="lz4")
+        batch = await (await replay.sampler(batch=8, n_step=NStep(2, 1.0), columns=["state"])).sample()
+        assert np.array_equal(batch["return"], 2 * batch["state"] + 1)
+
+
 async def test_n_step_and_slices_together(url: str) -> None:
     async with aionpredis.connect(url) as client:
         replay = await filled(client, 60)
@@ -694,6 +711,21 @@ async def test_a_chunk_in_which_an_episode_ends_goes_on_being_drawn_when_its_nei
         assert drawn == {0, 1, 2, 3, 10, 11, 12, 13, 14, 15}
         stats = client.stats()
         assert (sampler.stats.lost, stats.lost, stats.evicted) == (4, 1, 0)
+
+
+@pytest.mark.parametrize("chunk", [1, 64])
+async def test_no_more_travels_if_the_actor_has_the_columns_in_another_order(url: str, chunk: int) -> None:
+    async with aionpredis.connect(url) as client:
+        received = []
+        for schema in (SCHEMA, Schema(**{name: SCHEMA[name] for name in reversed(list(SCHEMA))})):
+            await filled(client, 128, chunk=chunk, schema=schema)
+            sampler = await client.replay("r", SCHEMA).sampler(batch=16, seed=1)
+            before = client.stats().bytes_received
+            batch = await sampler.sample()
+            received.append(client.stats().bytes_received - before)
+            check(batch, SCHEMA)
+            assert list(batch) == list(SCHEMA)
+        assert abs(received[1] - received[0]) < 1000
 
 
 async def test_files_of_single_transitions_that_are_not_as_expected(url: str, stock: redis.Redis) -> None:

@@ -61,6 +61,14 @@ def test_digest_tells_schemas_apart_as_equality_does() -> None:
     assert all(same[0] != schema for schema in other)
 
 
+def test_equal_schemas_have_equal_files_whatever_the_order_of_their_columns() -> None:
+    columns = {"flag": "bool", "state": ("u1", (80, 80)), "action": "i8", "done": "bool", "reward": "f4", "value": "f4"}
+    layouts = [Schema(**dict(order)).layout(7) for order in (columns.items(), reversed(columns.items()))]  # type: ignore[arg-type]
+    assert layouts[0].header == layouts[1].header
+    # By alignment; then what is small together, which readers fetch at once.
+    assert layouts[0].order == ("action", "reward", "value", "done", "flag", "state")
+
+
 def test_episode_ends_are_scalar_bool_columns_of_gymnasiums_names() -> None:
     assert Schema(terminated="bool", truncated="bool").episode_ends == ("terminated", "truncated")
     assert Schema(terminated="int8", truncated=("bool", (2,)), x="f4").episode_ends == ()

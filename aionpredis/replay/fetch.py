@@ -317,7 +317,7 @@ class Fetcher:
             return
         record = open_chunk(value, self._schema, self._names, self._run, chunk)
         for name, array in out.items():
-            array[chosen] = record[name][rows[chosen]]
+            array[chosen] = record[name][rows[chosen]].reshape(len(chosen), *array.shape[1:])
 
 
 def _pattern(parts: list[_Part]) -> Pattern:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import keyword
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -61,16 +62,23 @@ class Schema(Mapping[str, "tuple[np.dtype[Any], tuple[int, ...]]"]):
                 # By its name: the result of newbyteorder() is a new object, and append() compares dtypes by identity.
                 native = np.dtype(native.newbyteorder("=").str)
             self._columns[name] = native, tuple(shape)
+        # As safetensors has them, by descending itemsize; then what is small together, for readers fetch it together.
+        self._stored = sorted(
+            self._columns.items(), key=lambda item: (-item[1][0].itemsize, math.prod(item[1][1]), item[0])
+        )
         self._header_size = len(safetensors.layout(self._spec(MAX_ROWS)).header)  # unsupported dtypes show here
-        self.row_nbytes = sum(dtype.itemsize * int(np.prod(shape)) for dtype, shape in self._columns.values())
+        self.row_nbytes = sum(dtype.itemsize * math.prod(shape) for dtype, shape in self._columns.values())
         self.max_chunk = MAX_CHUNK_BYTES // max(self.row_nbytes, 1)  # transitions
         self.episode_ends = tuple(name for name in EPISODE_ENDS if self._columns.get(name) == (np.dtype(np.bool_), ()))
 
     def _spec(self, rows: int) -> dict[str, tuple[np.dtype[Any], tuple[int, ...]]]:
-        return {name: (dtype, (rows, *shape)) for name, (dtype, shape) in self._columns.items()}
+        return {name: (dtype, (rows, *shape)) for name, (dtype, shape) in self._stored}
 
     def layout(self, rows: int) -> safetensors.Layout:
-        """The file that holds ``rows`` transitions, column by column. Its data begins at the same byte for any ``rows``."""
+        """The file that holds ``rows`` transitions, column by column. Its data begins at the same byte for any ``rows``.
+
+        Equal schemas have the same, whatever the order of their columns: a reader predicts each byte that is no data.
+        """
         return safetensors.layout(self._spec(rows), header_size=self._header_size)
 
     @property
