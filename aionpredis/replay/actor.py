@@ -393,7 +393,12 @@ class Actor:
 
     def _commit_full(self) -> None:
         while self._full:
-            self._commit(*self._full.popleft())
+            chunk = self._full.popleft()
+            try:
+                self._commit(*chunk)
+            except UsageError:  # the client was closed: whoever calls again is told so, too
+                self._full.appendleft(chunk)
+                raise
 
     def _commit(self, buffer: ChunkBuffer, rows: int, run: int) -> None:
         if self._committer.over:
@@ -402,8 +407,8 @@ class Actor:
             self._free.append(buffer)
             return
         chunk = ChunkId(self.incarnation, self._seq, rows, buffer.episode_ends(rows))
-        self._seq += 1
         self._committer.commit(buffer, run, chunk)
+        self._seq += 1
 
     def _settled(self, buffer: ChunkBuffer, rows: int, committed: bool) -> None:
         if committed:
@@ -434,6 +439,8 @@ class Actor:
         run, name = self.run, self._names.name
         assert run is not None
         self._commit_current()
+        if isinstance(self._committer.failure, UsageError):  # the client was closed: as in _commit_full()
+            raise copy.copy(self._committer.failure)
         self.run = None
         if self._committer.failure is not None:
             self._last = None

@@ -361,7 +361,7 @@ class Committer:
                     self._fail(error)
                 else:
                     await anyio.sleep(pause)
-            except ServerError as error:
+            except (ServerError, UsageError) as error:  # UsageError: the client was closed
                 self._fail(error)
 
     async def _connect(self, lane: _Lane) -> None:
