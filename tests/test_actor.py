@@ -122,6 +122,15 @@ async def test_append_without_a_run_is_a_usage_error(url: str) -> None:
             await actor.flush()
 
 
+async def test_a_column_may_be_called_self(url: str) -> None:
+    async with aionpredis.connect(url) as client:
+        replay = client.replay("r", Schema(self="int64"))
+        await replay.begin_run()
+        async with replay.actor() as actor:
+            with pytest.raises(UsageError, match="join"):
+                await actor.append(self=1)
+
+
 async def test_append_that_is_not_awaited_is_an_error(url: str) -> None:
     async with aionpredis.connect(url) as client, joined(client, chunk=1) as actor:
         row = {"state": np.zeros(3, np.uint8), "uid": 1, "terminated": False}

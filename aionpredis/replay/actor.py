@@ -326,7 +326,7 @@ class Actor:
         self._free.remove(buffer)  # pop() would lose it to Ctrl-C; the loop may add others meanwhile
         self._rows.switch(buffer.columns, self._length)
 
-    def _late(self, **values: object) -> Coroutine[Any, Any, None]:
+    def _late(self, /, **values: object) -> Coroutine[Any, Any, None]:
         """There is no row to write."""
         self._check_joined()
         if self._unawaited:
