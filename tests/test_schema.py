@@ -20,6 +20,7 @@ def test_columns_are_dtype_or_dtype_and_shape() -> None:
         "done": (np.dtype("bool"), ()),
     }
     assert schema.row_nbytes == 6400 + 8 + 4 + 1
+    assert Schema(state=("u1", (64 << 20,))).max_chunk == 1
 
 
 @pytest.mark.parametrize(
@@ -31,6 +32,10 @@ def test_columns_are_dtype_or_dtype_and_shape() -> None:
         {"a b": "f4"},
         {"x": ("f4", (-1,))},
         {"x": ("f4", (1.5,))},
+        {"x": ("f4", (True,))},
+        {"x": ("f4", (1_000_000, 1_000_000))},
+        {"x": ("f4", (2**32, 2**32))},
+        {"x": ("u1", (64 << 20,)), "y": "bool"},
         {"x": "no such dtype"},
         {"x": None},
     ],

@@ -35,7 +35,7 @@ class Schema(Mapping[str, "tuple[np.dtype[Any], tuple[int, ...]]"]):
     Each column is a dtype (a scalar), or ``(dtype, shape)``. A mapping from name to ``(dtype, shape)``.
 
     Raises:
-        UsageError: a name is not an identifier, or a shape not a tuple of non-negative ints.
+        UsageError: a name is not an identifier, a shape not a tuple of non-negative ints, or a transition larger than a chunk.
         EncodeError: a dtype that a ``.safetensors`` file cannot hold.
     """
 
@@ -50,7 +50,7 @@ class Schema(Mapping[str, "tuple[np.dtype[Any], tuple[int, ...]]"]):
             shape: Any = ()
             if isinstance(column, tuple) and len(column) == 2 and isinstance(column[1], tuple | list):
                 dtype, shape = column
-            if not all(isinstance(size, int) and size >= 0 for size in shape):
+            if not all(isinstance(size, int) and size >= 0 and not isinstance(size, bool) for size in shape):
                 raise UsageError(f"column {name!r}: a shape is a tuple of sizes, not {shape!r}")
             if dtype is None:
                 raise UsageError(f"column {name!r} has no dtype")  # NumPy would take float64
@@ -69,6 +69,11 @@ class Schema(Mapping[str, "tuple[np.dtype[Any], tuple[int, ...]]"]):
         self._header_size = len(safetensors.layout(self._spec(MAX_ROWS)).header)  # unsupported dtypes show here
         self.row_nbytes = sum(dtype.itemsize * math.prod(shape) for dtype, shape in self._columns.values())
         self.max_chunk = MAX_CHUNK_BYTES // max(self.row_nbytes, 1)  # transitions
+        if not self.max_chunk:
+            raise UsageError(
+                f"a transition of {self.row_nbytes:,} bytes is more than a chunk holds, {MAX_CHUNK_BYTES:,}: store what is"
+                " large under keys of its own"
+            )
         self.episode_ends = tuple(name for name in EPISODE_ENDS if self._columns.get(name) == (np.dtype(np.bool_), ()))
 
     def _spec(self, rows: int) -> dict[str, tuple[np.dtype[Any], tuple[int, ...]]]:
