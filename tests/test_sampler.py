@@ -284,6 +284,14 @@ async def test_bad_priorities_and_priorities_of_what_is_gone(url: str) -> None:
         for wrong in (np.array([-1.0] * 4), np.array([np.nan] * 4), np.ones(3)):
             with pytest.raises(UsageError, match="priorit"):
                 sampler.update_priorities(batch.ids, wrong)
+        wrong_ids: list[Any] = [np.ones(4), np.array(["a"] * 4), np.ones(4, np.bool_)]
+        for no_ids in wrong_ids:
+            with pytest.raises(UsageError, match="ids"):
+                sampler.update_priorities(no_ids, np.ones(4))
+        with pytest.raises(UsageError, match="priorit"):
+            sampler.update_priorities(batch.ids, np.array(["a"] * 4))
+        sampler.update_priorities([], [])  # type: ignore[arg-type]
+        sampler.update_priorities(batch.ids.astype(np.uint64), np.ones(4))
         sampler.update_priorities(np.array([10_000, -5]), np.ones(2))
         with pytest.raises(UsageError, match="Prioritized"):
             (await replay.sampler()).update_priorities(batch.ids, np.ones(4))

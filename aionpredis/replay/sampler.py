@@ -205,13 +205,21 @@ class Sampler:
         present any more, or used up, are passed over.
 
         Raises:
-            UsageError: the selection is not :class:`Prioritized`, or one of them is negative or not finite.
+            UsageError: the selection is not :class:`Prioritized`, ``ids`` are no integers, or a priority is negative, not
+                finite or too large for ``alpha``; nothing was changed.
         """
         if not isinstance(self._selection, Prioritized):
             raise UsageError(
                 f"update_priorities() is for selection=Prioritized(), not {type(self._selection).__name__}"
             )
-        ids, priorities = np.asarray(ids), np.asarray(priorities)
+        ids = np.asarray(ids)
+        if ids.size and ids.dtype.kind not in "iu":
+            raise UsageError(f"ids are those of a batch, integers, not {ids.dtype}")
+        ids = ids.astype(np.int64, copy=False)
+        try:
+            priorities = np.asarray(priorities, np.float64)
+        except (TypeError, ValueError) as error:
+            raise UsageError(f"priorities are numbers: {error}") from None
         if ids.shape != priorities.shape:
             raise UsageError(f"one priority for each transition: {ids.shape} and {priorities.shape}")
         known = self._index.is_open(ids)
