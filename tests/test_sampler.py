@@ -558,8 +558,14 @@ async def test_lanes_that_had_no_transition_are_left_out(url: str) -> None:
                 rows = [row(NARROW, 100 * lane + step) for lane in range(actor.lanes)]
                 columns = {name: np.stack([one[name] for one in rows]) for name in NARROW}
                 await actor.append(np.arange(3) != step % 3, **columns)
-            with pytest.raises(EncodeError, match="where has 2 values for 3 lanes"):
-                await actor.append([True, True], **columns)
+            for where in ([True, True], np.ones((3, 1), np.bool_), True):
+                with pytest.raises(EncodeError, match="where has shape"):
+                    await actor.append(where, **columns)  # type: ignore[arg-type]
+            for value in (1.0, None, np.float32(1)):
+                with pytest.raises(EncodeError, match="'reward' is one value"):
+                    await actor.append(**(columns | {"reward": value}))
+            with pytest.raises(TypeError, match="reward"):
+                await actor.append()
         uids = np.concatenate([batch["uid"] async for batch in await replay.epoch()])
         assert sorted(uids.tolist()) == [
             100 * lane + step for lane in range(3) for step in range(6) if step % 3 != lane

@@ -81,13 +81,18 @@ class VectorActor:
         Raises:
             EncodeError: a column has not one value for each lane, or ``where`` does not.
         """
-        if where is not None and len(where) != len(self.actors):
-            raise EncodeError(f"where has {len(where)} values for {len(self.actors)} lanes")
+        if where is not None and np.shape(where) != (len(self.actors),):
+            raise EncodeError(f"where has shape {np.shape(where)} for {len(self.actors)} lanes")
         for name, column in values.items():
-            if len(column) != len(self.actors):
-                raise EncodeError(f"column {name!r} has {len(column)} values for {len(self.actors)} lanes")
+            try:
+                count = len(column)
+            except TypeError:
+                raise EncodeError(f"column {name!r} is one value, not one for each lane: {column!r:.100}") from None
+            if count != len(self.actors):
+                raise EncodeError(f"column {name!r} has {count} values for {len(self.actors)} lanes")
         names = tuple(values)
-        for lane, (actor, row) in enumerate(zip(self.actors, zip(*values.values(), strict=True), strict=True)):
+        rows = zip(*values.values(), strict=True) if values else [()] * len(self.actors)
+        for lane, (actor, row) in enumerate(zip(self.actors, rows, strict=True)):
             if where is None or where[lane]:
                 yield actor, dict(zip(names, row, strict=True))
 
