@@ -37,8 +37,8 @@ class Loader(Generic[T]):
     """
 
     def __init__(self, batches: AsyncIterator[T], *, prefetch: int = 2) -> None:
-        if prefetch < 1:
-            raise UsageError(f"prefetch is at least 1 batch, not {prefetch}")
+        if isinstance(prefetch, bool) or not isinstance(prefetch, int) or prefetch < 1:
+            raise UsageError(f"prefetch is at least 1 batch, not {prefetch!r}")
         self._batches = batches
         self._prefetch = prefetch
         self._tasks: TaskGroup | None = None

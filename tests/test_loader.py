@@ -91,8 +91,9 @@ async def test_cancellation_ends_the_source() -> None:
 
 
 async def test_misuse_is_a_usage_error() -> None:
-    with pytest.raises(UsageError):
-        Loader(Source(1).batches(), prefetch=0)
+    for prefetch in (0, 2.5, True):
+        with pytest.raises(UsageError):
+            Loader(Source(1).batches(), prefetch=prefetch)  # type: ignore[arg-type]
     loader = Loader(Source(1).batches())
     with pytest.raises(UsageError, match="inside of its"):
         await anext(loader)

@@ -506,6 +506,14 @@ async def test_columns_that_are_not_wanted_do_not_come(url: str, schema: Schema)
                 await replay.sampler(columns=wrong)
 
 
+async def test_a_str_is_no_sequence_of_columns(url: str) -> None:
+    async with aionpredis.connect(url) as client:
+        replay = client.replay("r", Schema(x="int64"))
+        await replay.begin_run()
+        with pytest.raises(UsageError, match="names"):
+            await replay.sampler(columns="x")
+
+
 @pytest.mark.parametrize("schema", [SCHEMA, NARROW], ids=["wide", "narrow"])
 async def test_slices_are_consecutive_and_stay_within_their_episode(url: str, schema: Schema) -> None:
     async with aionpredis.connect(url) as client:
@@ -927,6 +935,9 @@ async def test_two_samplers_with_one_seed_draw_alike(url: str) -> None:
         {"samples_per_insert": math.nan},
         {"tolerance": -1.0},
         {"n_step": NStep(1, columns=["nonsense"])},
+        {"n_step": 3},
+        {"selection": Prioritized},
+        {"selection": "uniform"},
     ],
     ids=str,
 )
@@ -944,6 +955,11 @@ def test_wrong_selections_are_usage_errors() -> None:
         lambda: Prioritized(alpha=math.inf),
         lambda: Prioritized(beta=2),
         lambda: NStep(0),
+        lambda: NStep(1.5),  # type: ignore[arg-type]
+        lambda: NStep(True),
+        lambda: NStep(columns="state"),
+        lambda: Newest(1.5),  # type: ignore[arg-type]
+        lambda: Newest(True),
     ):
         with pytest.raises(UsageError):
             make()

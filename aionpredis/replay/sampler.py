@@ -51,8 +51,15 @@ class NStep:
     reward: str = "reward"
 
     def __post_init__(self) -> None:
-        if self.steps < 1 or not 0 <= self.discount <= 1:
+        if (
+            isinstance(self.steps, bool)
+            or not isinstance(self.steps, int)
+            or self.steps < 1
+            or not 0 <= self.discount <= 1
+        ):
             raise UsageError(f"n-step learning takes 1 step or more and a discount of 0 to 1, not {self}")
+        if isinstance(self.columns, str):
+            raise UsageError(f"columns= of n-step learning are names, not {self.columns!r}")
 
 
 class Sample(dict[str, NDArray[Any]]):
@@ -106,6 +113,10 @@ class Sampler:
         seed: int | None,
         empty: Empty,
     ) -> None:
+        if isinstance(selection, type) or not (selection is None or hasattr(selection, "draw")):
+            raise UsageError(f"selection= is an instance, such as Uniform(), not {selection!r}")
+        if not (n_step is None or isinstance(n_step, NStep)):
+            raise UsageError(f"n_step= is an NStep, not {n_step!r}")
         self._client = client
         self._schema = schema
         self._names = names
@@ -467,6 +478,8 @@ class Sampler:
 
 
 def _columns(schema: Schema, columns: Sequence[str] | None) -> tuple[str, ...]:
+    if isinstance(columns, str):
+        raise UsageError(f"columns= are names, not {columns!r}")
     chosen = tuple(schema if columns is None else columns)
     for name in chosen:
         if name not in schema:

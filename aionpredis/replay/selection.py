@@ -70,8 +70,8 @@ class Newest(_Stateless):
     """Uniformly among the ``count`` newest transitions."""
 
     def __init__(self, count: int) -> None:
-        if count < 1:
-            raise UsageError(f"Newest() draws among at least 1 transition, not {count}")
+        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+            raise UsageError(f"Newest() draws among at least 1 transition, not {count!r}")
         self._count = count
 
     def draw(self, count: int, index: Index, eligible: Eligible, rng: np.random.Generator) -> Ids:
