@@ -520,7 +520,13 @@ MUTATIONS = [
     ),
     Mutation(
         "wire: a broken connection does not wake those who wait",
-        [(CONNECTION, "            reply.waiter.wake()\n\n    def detach", "            pass\n\n    def detach")],
+        [
+            (
+                CONNECTION,
+                "                reply.waiter.wake()\n\n    def detach",
+                "                pass\n\n    def detach",
+            )
+        ],
         CONNECTION_TESTS,
     ),
     Mutation(

@@ -305,6 +305,24 @@ async def test_withdrawn_request_wakes_the_task_that_drives_for_it() -> None:
         connection.close()
 
 
+async def test_task_that_waits_for_a_reply_which_another_abandons_is_handed_the_connection() -> None:
+    """As the task of a writer, while a put is cancelled: it goes on when the server has answered."""
+    async with pair() as (connection, other):
+        first, second = [connection.submit(encode("PING"), Reply()) for _ in range(2)]
+        with anyio.fail_after(5):
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(connection.wait, first)  # it drives
+                await anyio.wait_all_tasks_blocked()
+                tasks.start_soon(connection.wait, second)
+                await anyio.wait_all_tasks_blocked()
+                connection.abandon(second)
+                other.sendall(b"+first\r\n")
+                while not first.done:
+                    await anyio.lowlevel.checkpoint()
+                other.sendall(b"+second\r\n")
+        assert second.done
+
+
 # --- silence and ends ------------------------------------------------------------------------------------------------
 
 

@@ -156,6 +156,7 @@ class Connection:
                         self._driving = False
                         self._hand_over()
         except BaseException:
+            reply.waiter = None  # nobody sleeps there any more
             self.abandon(reply)
             self._hand_over()  # the wake-up may have come just before the cancellation
             raise
@@ -166,7 +167,8 @@ class Connection:
         """Wake the next task that still waits, so that it drives."""
         while self._waiting and not self._driving:
             reply = self._waiting.popleft()
-            if not (reply.done or reply.abandoned):
+            # Of an abandoned one the task may wait nevertheless: a writer's, while a put is cancelled.
+            if not reply.done and reply.waiter is not None:
                 reply.waiter.wake()
                 break
 
@@ -342,7 +344,8 @@ class Connection:
             error = self.lost
         self._parser.pending.clear()
         for reply in self._waiting:  # also those whose replies were complete when the bytes behind them made no sense
-            reply.waiter.wake()
+            if reply.waiter is not None:
+                reply.waiter.wake()
 
     def detach(self) -> socket.socket:
         """The bare socket, blocking, from now on the caller's. Nothing may be outstanding; this connection is closed."""
