@@ -535,8 +535,13 @@ MUTATIONS = [
         CONNECTION_TESTS,
     ),
     Mutation(
+        "wire: a task that is poked forgets the silence",
+        [(CONNECTION, "if (ready and not self._poked) or", "if ready or")],
+        CONNECTION_TESTS,
+    ),
+    Mutation(
         "wire: a busy event loop is taken for silence",
-        [(CONNECTION, "            if ready or self._receive() or self._send():", "            if ready:")],
+        [(CONNECTION, "self._poked) or self._receive() or self._send():", "self._poked):")],
         CONNECTION_TESTS,
     ),
     Mutation(

@@ -8,7 +8,7 @@ import select
 import socket
 import time
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -358,6 +358,32 @@ async def test_silence_is_noticed_though_everybody_who_waits_is_cancelled_earlie
                     await connection.wait(connection.submit(encode("PING"), Reply()))
         assert 10 < asked[0] < 20 < rounds
         assert len(asked) == 1
+
+
+async def test_silence_is_noticed_though_requests_that_were_not_sent_yet_are_cancelled_meanwhile() -> None:
+    ours, theirs = socket.socketpair()
+    with theirs:
+        connection = connection_on(ours, timeout=0.3)
+        ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        first = connection.submit(encode("SET", "k", bytes(500_000)), Reply())
+        lost: list[Exception] = []
+
+        async def wait() -> None:
+            try:
+                await connection.wait(first)
+            except Stalled as error:
+                lost.append(error)
+
+        with anyio.fail_after(5):
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(wait)
+                await anyio.wait_all_tasks_blocked()
+                while not lost:
+                    with suppress(ConnectionLost), anyio.move_on_after(0.1):
+                        reply = connection.submit(encode("PING"), Reply())
+                        assert not reply.sent
+                        await connection.wait(reply)
+        connection.close()
 
 
 async def test_slow_progress_is_no_silence(proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -87,6 +87,7 @@ class Connection:
         self._outbox: deque[_Outgoing] = deque()
         self._driving = False
         self._parked = False
+        self._poked = False
         self._silence = 0.0
         """Seconds that were waited in vain, by one task or several, since a byte moved."""
         self._asked = 0.0
@@ -112,10 +113,15 @@ class Connection:
             else:
                 self._send_first(buffers, reply)
             if self._parked and self._sock.waits_for_write(bool(self._outbox)):
-                self._ready.poke()  # it waits for reading only
+                self._poke()  # it waits for reading only
         else:
             self._outbox.append(_Outgoing(buffers, reply))
         return reply
+
+    def _poke(self) -> None:
+        """Have the task that drives look again."""
+        self._poked = True
+        self._ready.poke()
 
     def check(self) -> None:
         """Notice an end that came while nothing was asked for (a server's idle ``timeout``): see :attr:`lost`."""
@@ -190,7 +196,7 @@ class Connection:
                 continue
             patience = PATIENCE
             write = self._sock.waits_for_write(bool(self._outbox))
-            self._parked = not write
+            self._parked, self._poked = not write, False
             limit = min(self._asked + self.patience, self._timeout)
             began = time.monotonic()
             try:
@@ -202,9 +208,13 @@ class Connection:
             finally:
                 self._parked = False
             # Looking again: the loop may have been busy elsewhere all the time, and come to the timer first.
-            if ready or self._receive() or self._send():
+            if (ready and not self._poked) or self._receive() or self._send():
                 self._silence = self._asked = 0.0
                 continue
+            if ready:  # by a request that came or was cancelled: no byte has moved
+                self._silence += time.monotonic() - began
+                if self._silence < limit:
+                    continue
             self._silence = max(self._silence, limit)
             if self._silence >= self._timeout:
                 self.abort(Stalled(f"no byte moved for {self._timeout} s while a reply was outstanding"))
@@ -314,7 +324,7 @@ class Connection:
                     reply.done = True
                     if reply.waiter is not None:
                         reply.waiter.wake()
-                    self._ready.poke()  # the driver, if the reply is the one that it waits for
+                    self._poke()  # the driver, if the reply is the one that it waits for
                     return
                 rest = outgoing.rest()
                 if sum(len(part) for part in rest) > MAX_SNAPSHOT:
