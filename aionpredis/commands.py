@@ -60,13 +60,21 @@ def check_shared(arguments: Sequence[Any]) -> None:
     if not name or " " in name:
         raise UsageError(f"{name!r} is not a command's name: give the arguments one by one, execute('GET', 'key')")
     reason = _REFUSED.get(name) or _REFUSED.get(" ".join(words))
-    if reason is None and name in ("XREAD", "XREADGROUP"):
-        # XREADGROUP GROUP <group> <consumer> …: these two may have any name
-        options = (_word(argument) for argument in arguments[1 if name == "XREAD" else 4 :])
-        if any(option == "BLOCK" for option in iter(lambda: next(options, "STREAMS"), "STREAMS")):
-            reason = _BLOCK
+    if reason is None and name in ("XREAD", "XREADGROUP") and _blocks(arguments):
+        reason = _BLOCK
     if reason is not None:
         raise UsageError(f"{name} is refused: {reason}")
+
+
+def _blocks(arguments: Sequence[Any]) -> bool:
+    """Of XREAD and XREADGROUP: whether BLOCK is among the options, which come in any order."""
+    options = iter(map(_word, arguments[1:]))
+    for option in options:
+        if option in ("BLOCK", "STREAMS"):
+            return option == "BLOCK"
+        for _ in range({"GROUP": 2, "COUNT": 1}.get(option, 0)):
+            next(options, None)  # a group and a consumer may have any name
+    return False
 
 
 _KEY_FIRST = {
