@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from aionpredis import codecs
 from aionpredis.codecs import Codec
-from aionpredis.commands import check_shared, key_of, refused
+from aionpredis.commands import check_shared, has_not_run, key_of, refused
 from aionpredis.errors import (
     AionpredisError,
     ConnectError,
@@ -504,6 +504,9 @@ class Client:
             UsageError: the command would change, or block, the connection that other tasks share.
             ServerError: the server answered with an error.
             OutcomeUnknown: the connection broke after the command was sent. It is not repeated.
+
+        What a server refuses for a reason that may pass (LOADING, …) has not run, and is tried again; an error that a script
+        gives as its result is raised.
         """
         check_shared(arguments)
         key = key_of(arguments)
@@ -534,7 +537,9 @@ class Client:
         """
         if key is None:
             key = key_bytes(key_of(arguments) or b"")
-        reply = await self.request(lambda: (resp.encode(*arguments), Reply()), key, repeatable=repeatable, retry=retry)
+        reply = await self.request(
+            lambda: (resp.encode(*arguments), Reply()), key, repeatable=repeatable, retry=retry, command=arguments
+        )
         return self._raise(reply.values[0], *arguments)
 
     async def call_many(
@@ -551,7 +556,11 @@ class Client:
             buffers = [buffer for number in numbers for buffer in resp.encode(*commands[number])]
             try:
                 reply = await self.request(
-                    lambda: (buffers, Reply(len(numbers))), keys[numbers[0]], repeatable=repeatable, retry=retry
+                    lambda: (buffers, Reply(len(numbers))),
+                    keys[numbers[0]],
+                    repeatable=repeatable,
+                    retry=retry,
+                    command=commands[numbers[0]],
                 )
             except AionpredisError as error:
                 failures.append(error)
@@ -670,11 +679,13 @@ class Client:
         repeatable: bool = True,
         immutable: bool = False,
         retry: Retry | None = None,
+        command: Sequence[Any] = (b"",),
     ) -> Reply:
         """Send what ``make`` makes to who has the key, and wait for its reply; again, after a fault that may pass, if that is
         harmless. All keys in it are on the shard of that one, as far as known.
 
-        ``retry``: of a caller that tries again by itself. Its time goes on, instead of that of another one.
+        ``retry``: of a caller that tries again by itself. Its time goes on, instead of that of another one. ``command``: the
+        only one, if it is not repeatable.
         """
         given = retry
         try:
@@ -695,7 +706,9 @@ class Client:
                     pause = retry.after(error)
                 else:
                     # A command that was refused so has not run; of several, others may have.
-                    if reply.refusal is None or not (repeatable or reply.count == 1):
+                    if reply.refusal is None or not (
+                        repeatable or (reply.count == 1 and has_not_run(command, reply.refusal))
+                    ):
                         if retry is not None:
                             retry.succeeded()
                         return reply

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from aionpredis.errors import ServerError, UsageError
+from aionpredis.errors import ServerError, ServerUnavailable, UsageError
 
-__all__ = ["check_shared", "key_of", "refused"]
+__all__ = ["check_shared", "has_not_run", "key_of", "refused"]
 
 _STATE = "it would change the connection that all tasks of this client share"
 _PUSH = "the replies that it starts would be taken for those of other tasks"
@@ -111,6 +111,22 @@ def key_of(arguments: Sequence[Any]) -> str | bytes | None:
     elif name in _KEYLESS:
         key = b""
     return key if isinstance(key, str | bytes) else None
+
+
+_SCRIPTS = {"EVAL", "EVALSHA", "EVAL_RO", "EVALSHA_RO", "FCALL", "FCALL_RO"}
+
+_SERVERS_OWN = (
+    *("LOADING Redis is loading", "LOADING Valkey is loading", "BUSY Redis is busy", "BUSY Valkey is busy"),
+    *("READONLY You can't write", "MASTERDOWN Link with MASTER", "NOREPLICAS Not enough good replicas"),
+    *("CLUSTERDOWN The cluster is down", "CLUSTERDOWN Hash slot", "TRYAGAIN Multiple keys", "TRYAGAIN redirected"),
+)
+"""How a server says these things, the last one :mod:`aionpredis.wire.cluster`. If a script's command was refused so, no
+command of it before has written anything."""
+
+
+def has_not_run(arguments: Sequence[Any], refusal: ServerUnavailable) -> bool:
+    """Whether a command that was refused so has done nothing. A script may give any error as its result."""
+    return _word(arguments[0]) not in _SCRIPTS or refusal.args[0].startswith(_SERVERS_OWN)
 
 
 def refused(error: ServerError, arguments: Sequence[Any]) -> ServerError:

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 import aionpredis
 from aionpredis import Client, Server, requests
+from aionpredis.commands import has_not_run
 from aionpredis.errors import (
     AionpredisError,
     AuthenticationError,
@@ -35,6 +36,7 @@ from aionpredis.errors import (
     OutcomeUnknown,
     OutMismatch,
     ServerError,
+    ServerUnavailable,
     UsageError,
     WrongKind,
 )
@@ -468,6 +470,32 @@ async def test_execute_wants_arguments_one_by_one(url: str) -> None:
                 await client.execute("SET", "k", bad)  # type: ignore[arg-type]
         await client.execute("XGROUP", "CREATE", "s", "g", "0", "MKSTREAM")
         assert await client.execute("XREADGROUP", "GROUP", "g", "block", "STREAMS", "s", ">") is None
+        assert await client.execute("XREADGROUP", "COUNT", 1, "GROUP", "g", "block", "STREAMS", "s", ">") is None
+
+
+def test_script_that_the_server_did_not_run_is_tried_again() -> None:
+    for text in (
+        "LOADING Valkey is loading the dataset in memory",
+        "BUSY Redis is busy running a script. You can only call SCRIPT KILL or SHUTDOWN NOSAVE.",
+        "READONLY You can't write against a read only replica. script: 5fd2, on @user_script:1.",
+        "CLUSTERDOWN Hash slot not served",
+    ):
+        assert has_not_run(("evalsha", "5fd2", 0), ServerUnavailable(text))
+    assert has_not_run(("INCR", "k"), ServerUnavailable("BUSY as a module says"))
+
+
+async def test_script_whose_own_result_is_an_error_is_not_run_again(url: str) -> None:
+    returns = "redis.call('INCR', KEYS[1]) return redis.error_reply(ARGV[1])"
+    nested = "redis.call('INCR', KEYS[1]) return {1, redis.error_reply(ARGV[1])}"
+    async with aionpredis.connect(url) as client:
+        for text in ("BUSY the lock is held", "TRYAGAIN later", "READONLY as it is"):
+            with pytest.raises(ServerError, match=text):
+                await client.execute("EVAL", returns, 1, "runs", text)
+        one, error = await client.execute("EVAL", nested, 1, "runs", "BUSY nested")
+        assert (one, error.code) == (1, "BUSY")
+        with pytest.raises(ServerError, match="LOCKED"):
+            await client.execute("EVAL", returns, 1, "runs", "LOCKED")
+        assert await client.execute("GET", "runs") == b"5"
 
 
 # --- what is wrong is said -------------------------------------------------------------------------------------------

@@ -631,7 +631,9 @@ class Parser:
                 value = server_error(bytes(line))
                 if self._refused is not None:
                     self._refused(value.code)
-                if isinstance(value, ServerUnavailable):
+                if self._stack:
+                    pass  # one among the results of a command that has run
+                elif isinstance(value, ServerUnavailable):
                     reply.refusal = value
                 elif isinstance(value, Redirected):
                     reply.redirected = True
