@@ -465,8 +465,9 @@ class Client:
     async def scan(self, pattern: str | bytes = "*") -> AsyncIterator[bytes]:
         """Names of the keys that match a pattern (``SCAN``, of each primary of a cluster), for ``async for``.
 
-        A key that is there all the time comes at least once, and may come twice; one that comes or goes meanwhile may not. The
-        server looks at all of its keys, a thousand at a time; after a fault, from the first one on again.
+        A key that is there all the time comes at least once, and may come twice; one that comes or goes meanwhile may not,
+        nor, in a cluster, one that moves to another server. A server looks at all of its keys, a thousand at a time; after a
+        fault, and when a cluster's slots have moved, perhaps from the first one on again.
 
         Raises:
             ServerError: the server refused it.
@@ -477,15 +478,24 @@ class Client:
 
     async def scan_pages(self, pattern: str | bytes = "*") -> AsyncIterator[list[bytes]]:
         """As :meth:`scan`, as the server gives them: page by page, some of them empty."""
-        for shard in self.topology.each():
+        topology = self.topology
+        done: set[Shard] = set()
+        while True:
+            # Anew each time: the slot of a key that stands for a shard may have moved, or a shard's server been replaced.
+            key = next((key for key in topology.each() if topology.shard(key) not in done), None)
+            if key is None:
+                return
+            shard = topology.shard(key)
             cursor: bytes | int = 0
             changes = self.faults.changes
             while cursor != b"0":
                 scan = "SCAN", cursor, "MATCH", key_bytes(pattern), "COUNT", SCAN_KEYS
-                cursor, names = await self.call(*scan, repeatable=True, key=shard)
+                cursor, names = await self.call(*scan, repeatable=True, key=key)
                 yield names
-                if self.faults.changes != changes:  # to another server than the one that gave it, it says nothing
-                    cursor, changes = 0, self.faults.changes
+                if self.faults.changes != changes or topology.shard(key) is not shard:
+                    break  # to another server than the one that gave it, it says nothing
+            else:
+                done.add(shard)
 
     async def count_keys(self, command: str, keys: Iterable[Key], *, repeatable: bool = False) -> int:
         """The sum of what a command that takes any number of keys says of these, all shards at once."""

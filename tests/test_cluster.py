@@ -91,6 +91,27 @@ async def test_mget_of_a_key_that_holds_no_string_finds_nothing(cluster: Cluster
         assert [key for key, one in zip(KEYS, arrays, strict=True) if one is None] == KEYS[::50]
 
 
+async def test_scan_finds_what_stays_where_it_is_whatever_moves(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("aionpredis.client.SCAN_KEYS", 10)
+    async with aionpredis.connect(cluster.url) as client:
+        await fill(client)
+        found: set[bytes] = set()
+        moved: list[int] = []
+        async for page in client.scan_pages("key*"):
+            found.update(page)
+            if not moved:
+                # These stand for their servers, the first of which is being looked at.
+                names = client.topology.each()[:2]
+                moved = [slot_of(name) for name in names]
+                for name, slot in zip(names, moved, strict=True):
+                    target = next(node for node in cluster.primaries() if not {*cluster.slots(node)} & {*moved})
+                    await anyio.to_thread.run_sync(cluster.migrate, slot, target)
+                    await client.exists(name)  # learns of it
+        assert found >= {key.encode() for key in KEYS if slot_of(key) not in moved}
+
+
 async def test_execute_asks_the_server_for_the_place_of_a_key(cluster: Cluster) -> None:
     async with aionpredis.connect(cluster.url) as client:
         for key in KEYS[:20]:
