@@ -145,8 +145,8 @@ class Retry:
         """Seconds to wait before the next attempt; raises a copy of ``error`` if there shall be none, or who was called gave
         up.
 
-        ``connection``: the one over which the server answered so. One that leads to a replica is given up: another server
-        may be reached under that address by now.
+        ``connection``: the one over which the server answered so, unless that was redirected to it. One that leads to a replica
+        is given up: another server may be reached under that address by now.
         """
         if error.given_up:
             raise error

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import anyio
 import anyio.to_thread
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 
 import aionpredis
 from aionpredis import ConnectionLost, Redirected, ServerError, ServerUnavailable, streams
+from aionpredis.wire import cluster as clusters
 from aionpredis.wire import resp
 from aionpredis.wire.cluster import _slot
 from aionpredis.wire.resp import Reply
@@ -150,6 +152,38 @@ async def test_a_slot_that_moves_is_followed(cluster: Cluster, moved: bool) -> N
         assert is_array(await client.get(new), 12)
         assert await client.delete(key, new) == 2
         assert client.stats().errors == {}
+
+
+@pytest.mark.one_loop("what a server says is the same on all")
+@pytest.mark.parametrize("call", ["get", "mget", "put"])
+async def test_a_server_that_redirects_is_not_left_when_the_other_one_cannot_answer_yet(
+    cluster: Cluster, call: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key = KEYS[0]
+    refusals = [ServerUnavailable("CLUSTERDOWN The cluster is down")]
+    ask = clusters.Cluster._ask
+
+    async def refuse(*arguments: Any, asks: bool) -> None:
+        *_, reply = arguments
+        if refusals:
+            reply.values.append(refusals.pop())
+        else:
+            await ask(*arguments, asks=asks)
+
+    monkeypatch.setattr(clusters.Cluster, "_ask", refuse)
+    async with aionpredis.connect(cluster.url) as client:
+        await client.set(key, array(0))
+        with migrating(cluster, key, moved=True):
+            connection = await client.connection(key.encode())
+            if call == "get":
+                assert is_array(await client.get(key), 0)
+            elif call == "mget":
+                assert is_array((await client.mget([key]))[0], 0)
+            else:
+                async with client.writer() as writer:
+                    await writer.put(key, array(1))
+            assert not refusals
+            assert connection.lost is None
 
 
 async def test_a_moved_slot_is_looked_for_once(cluster: Cluster) -> None:
