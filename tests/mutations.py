@@ -713,11 +713,11 @@ MUTATIONS = [
         [
             (
                 DIAL,
-                '            arguments["host"], arguments["port"] = self._sentinels.find()\n',
+                "        for sentinel, (host, port) in self._sentinels.find():\n",
                 """
-            if not hasattr(self, "found"):
-                self.found = self._sentinels.find()
-            arguments["host"], arguments["port"] = self.found
+        if not hasattr(self, "found"):
+            self.found = list(self._sentinels.find())
+        for sentinel, (host, port) in self.found:
 """,
             ),
         ],
@@ -730,7 +730,12 @@ MUTATIONS = [
     ),
     Mutation(
         "wire: the Sentinel that knew is not asked first",
-        [(SENTINEL, "                self._first = address\n", "")],
+        [(DIAL, "                self._sentinels.first = sentinel\n", "                pass\n")],
+        SENTINEL_TESTS,
+    ),
+    Mutation(
+        "wire: the others are not asked when a Sentinel was wrong",
+        [(DIAL, "or isinstance(outcome, AuthenticationError) or attempt.abandoned", "or True")],
         SENTINEL_TESTS,
     ),
     Mutation(

@@ -101,6 +101,21 @@ async def test_server_that_is_no_primary_is_refused() -> None:
             await made.dial()
 
 
+async def test_sentinel_that_has_not_heard_of_a_failover_is_passed_over(sentinels: Sentinels) -> None:
+    with Sentinels(sentinels=1) as outdated:
+        made = dialer(url_of(outdated.sentinels[0], sentinels.sentinels[0]))
+        old = outdated.primary()
+        assert await port_dialed(made) == old.port
+        replica = outdated.servers[1]
+        old.call("REPLICAOF", replica.address, replica.port)
+        assert await port_dialed(made) == sentinels.primary().port
+        (watched,) = outdated.sentinels
+        outdated.stop(watched)
+        began = time.monotonic()
+        assert await port_dialed(made) == sentinels.primary().port
+        assert time.monotonic() - began < 1  # from now on the other one is asked first
+
+
 # --- Sentinels -------------------------------------------------------------------------------------------------------
 
 

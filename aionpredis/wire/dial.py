@@ -152,8 +152,17 @@ class Dialer:
             provider = arguments.pop("credential_provider")
             *user, arguments["password"] = provider.get_credentials()
             arguments["username"] = user[0] if user else None
-        if self._sentinels is not None:
-            arguments["host"], arguments["port"] = self._sentinels.find()
+        if self._sentinels is None:
+            return self._connect_to(arguments, attempt, readonly)
+        for sentinel, (host, port) in self._sentinels.find():
+            outcome = self._connect_to(arguments | {"host": host, "port": port}, attempt, readonly)
+            if not isinstance(outcome, ConnectError):
+                self._sentinels.first = sentinel
+            if not isinstance(outcome, ConnectError) or isinstance(outcome, AuthenticationError) or attempt.abandoned:
+                break
+        return outcome
+
+    def _connect_to(self, arguments: dict[str, Any], attempt: _Attempt, readonly: bool) -> Socket | ConnectError:
         connection = self._make(**arguments)
         try:
             connection.connect()
@@ -187,19 +196,19 @@ class _Attempt:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._abandoned = False
+        self.abandoned = False
         self._raw: Any = None
 
     def succeeded(self, raw: Any) -> None:
         with self._lock:
             self._raw = raw
-            if self._abandoned:
+            if self.abandoned:
                 raw.close()
                 raise ConnectError("cancelled while connecting")
 
     def abandon(self) -> None:
         with self._lock:
-            self._abandoned = True
+            self.abandoned = True
             if self._raw is not None:
                 with suppress(OSError):
                     self._raw.close()

@@ -6,7 +6,7 @@ error, and reorders a list that all threads share.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import redis
@@ -35,12 +35,13 @@ class Sentinels:
             "retry": Retry(NoBackoff(), 0),
             "protocol": 2,
         }
-        self._first = source.sentinels[0]  # the last that knew
+        self.first = source.sentinels[0]
+        """Who is asked first: the last that knew, as who connects to the primary says."""
         self.state: Mapping[str, Any] = {}
         """What that one said of the service, as ``SENTINEL MASTERS`` has it."""
 
-    def find(self) -> Address:
-        """Where the primary is.
+    def find(self) -> Iterator[tuple[Address, Address]]:
+        """A Sentinel, and where the primary is, as it says. Then the others that say something else: one may be behind them.
 
         Raises:
             ConnectError: no Sentinel that answers knows one that is up.
@@ -48,15 +49,24 @@ class Sentinels:
         """
         failures: list[Exception] = []
         said: list[str] = []
-        for address in sorted(self._source.sentinels, key=lambda address: address != self._first):
+        named: set[Address] = set()
+        sentinels = self._source.sentinels
+        begin = sentinels.index(self.first)
+        for number in range(begin, begin + len(sentinels)):
+            address = sentinels[number % len(sentinels)]
             try:
                 primary = self._ask(address)
             except (redis.RedisError, OSError, ValueError) as error:
                 failures.append(error)
                 said.append(f"{address[0]}:{address[1]}: {scrub(str(error), secrets(self._settings))}")
-            else:
-                self._first = address
-                return primary
+                continue
+            if primary not in named:
+                named.add(primary)
+                # For the next attempt, if this one is over before anything is known: a host that is gone is waited for.
+                self.first = sentinels[(number + 1) % len(sentinels)]
+                yield address, primary
+        if named:
+            return
         message = f"no Sentinel of {self._source.url} knows the primary of {self._source.service!r}: {'; '.join(said)}"
         if all(map(is_refusal, failures)):
             raise AuthenticationError(
