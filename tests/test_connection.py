@@ -7,6 +7,7 @@ import itertools
 import select
 import socket
 import time
+import weakref
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
@@ -475,6 +476,32 @@ async def test_end_of_stream_fails_every_waiter_and_later_requests() -> None:
                 await anyio.wait_all_tasks_blocked()
                 connection.close()
         assert len(errors) == 3
+
+
+async def test_what_has_half_arrived_on_a_broken_connection_is_let_go() -> None:
+    came: list[weakref.ref[Any]] = []
+
+    class Watched(Reply):
+        def bulk(self, size: int) -> tuple[Sequence[memoryview], Any]:
+            memory = np.empty(size, np.uint8)
+            came.append(weakref.ref(memory))
+            return (memory.data,), memory
+
+    async with pair() as (connection, other):
+        reply = connection.submit(encode("MGET", "a", "b"), Watched())
+        with anyio.fail_after(5):
+            async with anyio.create_task_group() as tasks:
+
+                async def wait() -> None:
+                    with pytest.raises(ConnectionLost):
+                        await connection.wait(reply)
+
+                tasks.start_soon(wait)
+                other.sendall(b"*2\r\n$5000\r\n%b\r\n$5000\r\nhalf" % bytes(5000))
+                while len(came) < 2:
+                    await anyio.lowlevel.checkpoint()
+                other.close()
+        assert [memory() is None for memory in came] == [True, True]
 
 
 async def test_nonsense_fails_all_waiters_but_those_whose_replies_came_before_it() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tracemalloc
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -335,6 +336,29 @@ def test_abandoned_unpredicted_string_is_dropped(at: int) -> None:
     before = bytes(memory)
     feed(parser, data[at:])
     assert memory == before
+    assert behind.values == [5]
+
+
+def test_what_has_come_of_an_abandoned_list_is_let_go() -> None:
+    came: list[weakref.ref[Any]] = []
+
+    class Watched(Reply):
+        def bulk(self, size: int) -> tuple[Sequence[memoryview], Any]:
+            memory = np.empty(size, np.uint8)
+            came.append(weakref.ref(memory))
+            return (memory.data,), memory
+
+    reply, behind = Watched(), Reply()
+    parser = Parser()
+    parser.expect(reply)
+    parser.expect(behind)
+    item = bulk(bytes(5000))
+    feed(parser, b"*4\r\n*2\r\n" + 3 * item + item[:100])
+    assert [memory() is None for memory in came] == [False] * 4
+    parser.abandon(reply)
+    assert [memory() is None for memory in came] == [True] * 4
+    feed(parser, item[100:] + item + b":5\r\n")
+    assert reply.done
     assert behind.values == [5]
 
 

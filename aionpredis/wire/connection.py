@@ -352,7 +352,7 @@ class Connection:
             reply.done = True
             reply.error = _copy(error)
             error = self.lost
-        self._parser.pending.clear()
+        self._parser.clear()
         for reply in self._waiting:  # also those whose replies were complete when the bytes behind them made no sense
             if reply.waiter is not None:
                 reply.waiter.wake()

@@ -714,3 +714,14 @@ class Parser:
             if left:
                 self._body.append(left)
             self._body_value = None
+        if self._stack and self.pending[0] is reply:
+            for _, items in self._stack:
+                items[:] = [None] * len(items)  # only their number is wanted
+
+    def clear(self) -> None:
+        """Let go of all memory. Nothing may come any more."""
+        self.pending.clear()
+        self._stack.clear()
+        self._body.clear()
+        self._body_value = None
+        self._staging, self._view = bytearray(), memoryview(b"")
