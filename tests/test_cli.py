@@ -35,7 +35,7 @@ from .servers import until
 testing = pytest.importorskip("typer.testing", reason='needs pip install "aionpredis[cli]"')
 pytest.importorskip("rich", reason='needs pip install "aionpredis[cli]"')
 
-from aionpredis.cli import app, values  # noqa: E402
+from aionpredis.cli import app, main, values  # noqa: E402
 from aionpredis.cli.common import said  # noqa: E402
 from aionpredis.cli.delete import _is_left  # noqa: E402
 from aionpredis.cli.survey import Group, Pattern, Survey  # noqa: E402
@@ -957,6 +957,30 @@ def test_serve_says_what_is_wrong(tmp_path: Path) -> None:
 
 
 # All of them
+
+
+@pytest.mark.one_server("of the output")
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_what_the_outputs_encoding_does_not_have_is_printed_as_ascii(
+    terminal: Terminal, monkeypatch: pytest.MonkeyPatch, encoding: str
+) -> None:
+    terminal.fill(lambda client: client.mset({"größe→": np.ones(1), "nan": np.full((16, 16), np.nan)}))
+    for name, value in COLOURS.items():
+        monkeypatch.setenv(name, value)
+    outputs = []
+    for arguments in ("ls", "größe→"), ("show", "nan"):
+        raw = io.BytesIO()
+        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding))
+        monkeypatch.setattr(sys, "argv", ["aionpredis", *arguments, "--url", terminal.url])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert ended.value.code in (0, None)
+        sys.stdout.flush()
+        outputs.append(raw.getvalue().decode(encoding))
+    assert ("größe\\u2192" if encoding == "latin-1" else "gr\\xf6\\xdfe\\u2192") in outputs[0]
+    assert "\\u2013" in outputs[1]
+    assert "\\u2580" not in outputs[1]  # a picture is none without its characters
+
 
 CLIENTS = [
     ["ls"],

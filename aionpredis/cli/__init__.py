@@ -62,6 +62,9 @@ def main() -> None:
     if isinstance(raw, io.RawIOBase):  # PYTHONUNBUFFERED: each write to a pipe may be cut short, and nobody is told
         encoding, errors = sys.stdout.encoding, sys.stdout.errors
         sys.stdout = io.TextIOWrapper(io.BufferedWriter(raw), encoding, errors, line_buffering=True)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # what its encoding does not have is printed as \u…, and ends nothing
+            stream.reconfigure(errors="backslashreplace")
     try:
         app()
     except KeyboardInterrupt:  # between the last command's end and here

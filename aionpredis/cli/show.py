@@ -89,7 +89,7 @@ def show(
     out = console()
     if image is not None and png is not None:
         print(f"{shown(bytes(png))}: {image.shape[1]} x {image.shape[0]} pixels")
-    elif image is not None and out.color_system is not None and not out.no_color:
+    elif image is not None and out.color_system is not None and not out.no_color and not out.options.ascii_only:
         from aionpredis.cli.picture import half_blocks
 
         out.print(half_blocks(image, out.width, PICTURE_LINES), no_wrap=True, end="")
