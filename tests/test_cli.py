@@ -1062,3 +1062,29 @@ def test_a_reader_of_the_output_may_end_early() -> None:
         line = f"{sys.executable} -m aionpredis ls --limit 2000 --url {server.url} | head -1"
         done = subprocess.run(line, shell=True, capture_output=True, text=True, check=False)
     assert (done.stdout.split()[0], done.stderr) == ("key", "")
+
+
+@needs_server
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+def test_output_that_cannot_be_written_is_one_line_and_exit_code_1() -> None:
+    """A disk may be full: from the buffer at the end, at once, and what does not fit into the buffer."""
+    with Server() as server:
+        Terminal(server.url).fill(lambda client: client.set("large", np.zeros(1 << 16)))
+        for arguments, environment in [
+            (["ls"], {}),
+            (["ls", "--json"], {}),
+            (["get", "large", "-"], {}),
+            (["--help"], {"PYTHONUNBUFFERED": "1"}),
+        ]:
+            done = subprocess.run(
+                ["/bin/sh", "-c", '"$@" >/dev/full', "sh", sys.executable, "-m", "aionpredis", *arguments],
+                stderr=subprocess.PIPE,
+                text=True,
+                check=False,
+                env=os.environ | {"REDIS_URL": server.url} | environment,
+            )
+            assert (done.returncode, done.stderr) == (1, "aionpredis: [Errno 28] No space left on device\n")
+        with Path("/dev/full").open("w") as full:
+            command = [sys.executable, "-m", "aionpredis", "get", "nothing", "x.txt"]
+            done = subprocess.run(command, stderr=full, check=False, env=os.environ | {"REDIS_URL": ""})
+        assert done.returncode == 2  # which is all that can be told

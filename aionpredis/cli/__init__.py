@@ -6,7 +6,9 @@ At their top they import nothing that only their work needs: ``--help``, and eac
 from __future__ import annotations
 
 import io
+import os
 import sys
+from collections.abc import Callable
 
 try:
     import typer
@@ -21,6 +23,7 @@ from typing import Annotated
 from aionpredis import __version__
 from aionpredis.cli.bench import bench
 from aionpredis.cli.checkpoint import restore, save
+from aionpredis.cli.common import said
 from aionpredis.cli.delete import delete
 from aionpredis.cli.demo import demo
 from aionpredis.cli.doctor import doctor
@@ -65,7 +68,23 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # what its encoding does not have is printed as \u…, and ends nothing
             stream.reconfigure(errors="backslashreplace")
+    code = _code_of(app)
+    for stream in (sys.stdout, sys.stderr):
+        if failed := _code_of(stream.flush, silent=bool(code)):
+            code = code or failed
+            # The interpreter flushes once more at its end, and would say in its own words that it cannot.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    raise SystemExit(code)
+
+
+def _code_of(step: Callable[[], object], *, silent: bool = False) -> str | int | None:
+    """The exit code of this step."""
     try:
-        app()
+        step()
+    except SystemExit as end:
+        return end.code
     except KeyboardInterrupt:  # between the last command's end and here
-        raise SystemExit(130) from None
+        return 130
+    except OSError as error:  # stdout cannot be written: the disk is full, …
+        return 1 if silent or isinstance(error, BrokenPipeError) else said(str(error), 1)
+    return 0

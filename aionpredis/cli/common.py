@@ -12,7 +12,7 @@ import importlib.util
 import json
 import sys
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
 
 import typer
@@ -62,7 +62,8 @@ def shown(name: str | bytes) -> str:
 
 def said(message: str, code: int) -> int:
     """The code, after this has been said on stderr."""
-    print(f"aionpredis: {shown(message)}", file=sys.stderr, flush=True)
+    with suppress(OSError):  # that cannot be written: the code has to do
+        print(f"aionpredis: {shown(message)}", file=sys.stderr, flush=True)
     return code
 
 
