@@ -13,7 +13,11 @@ T = TypeVar("T")
 
 
 def run(main: Callable[..., Awaitable[T]], *arguments: object) -> T:
-    """``anyio.run(main, *arguments)`` on uvloop, or on plain asyncio where uvloop is not installed (Windows)."""
+    """``anyio.run(main, *arguments)`` on uvloop, or on plain asyncio where uvloop is not installed (Windows).
+
+    uvloop aborts a process in which one of the descriptors 0 to 2 was closed, and a socket got it: a daemon opens
+    ``/dev/null`` there instead.
+    """
     return anyio.run(main, *arguments, backend_options=backend_options())
 
 

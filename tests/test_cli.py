@@ -1088,3 +1088,28 @@ def test_output_that_cannot_be_written_is_one_line_and_exit_code_1() -> None:
             command = [sys.executable, "-m", "aionpredis", "get", "nothing", "x.txt"]
             done = subprocess.run(command, stderr=full, check=False, env=os.environ | {"REDIS_URL": ""})
         assert done.returncode == 2  # which is all that can be told
+
+
+@needs_server
+def test_standard_streams_may_be_closed(tmp_path: Path) -> None:
+    with Server() as server:
+        Terminal(server.url).fill(lambda client: client.set("a", FRAME))
+        for line, code, output, said in [
+            ('"$@" ls --json <&-', 0, '"total_keys": 1,', ""),
+            ('"$@" show a <&- >&-', 0, "", ""),
+            ('"$@" get a a.npy <&- >&- 2>&-', 0, "", ""),
+            ('"$@" delete a <&-', 2, "", "--yes"),
+        ]:
+            done = subprocess.run(
+                ["/bin/sh", "-c", line, "sh", sys.executable, "-W", "error", "-m", "aionpredis"],
+                capture_output=True,
+                text=True,
+                check=False,
+                cwd=tmp_path,
+                env=os.environ | {"REDIS_URL": server.url},
+            )
+            assert (done.returncode, output in done.stdout, said in done.stderr) == (code, True, True), done.stderr
+            assert bool(done.stdout) == bool(output)
+            assert bool(done.stderr) == bool(said)
+            assert "Traceback" not in done.stderr
+    assert np.array_equal(np.load(tmp_path / "a.npy"), FRAME)

@@ -61,6 +61,7 @@ def _options(
 
 def main() -> None:
     """Entry point of the command."""
+    _open_missing()
     raw = getattr(sys.stdout, "buffer", None)
     if isinstance(raw, io.RawIOBase):  # PYTHONUNBUFFERED: each write to a pipe may be cut short, and nobody is told
         encoding, errors = sys.stdout.encoding, sys.stdout.errors
@@ -75,6 +76,18 @@ def main() -> None:
             # The interpreter flushes once more at its end, and would say in its own words that it cannot.
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     raise SystemExit(code)
+
+
+def _open_missing() -> None:
+    """Standard streams that were closed when this process began, from the first on: each gets the lowest descriptor, its own.
+
+    Else a socket would get that one, and uvloop aborts the process.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            descriptor = os.open(os.devnull, os.O_RDWR)
+            os.set_inheritable(descriptor, True)
+            setattr(sys, name, os.fdopen(descriptor, mode, encoding="utf-8", closefd=False))
 
 
 def _code_of(step: Callable[[], object], *, silent: bool = False) -> str | int | None:
