@@ -246,6 +246,7 @@ def test_a_simulator_that_dies_is_noticed(start: Start) -> None:
         (["--url", "unix:///nowhere.sock"], 1, "/nowhere.sock"),
         (["--plot", "/nowhere/demo.png"], 2, "/nowhere/demo.png: there is no such folder"),
         (["--plot", "/tmp/demo.txt"], 2, "/tmp/demo.txt: matplotlib draws no .txt, but eps, "),
+        (["--plot", "/tmp"], 2, "/tmp is a folder: name a file"),
     ],
 )
 def test_errors_are_one_line(start: Start, options: list[str], code: int, message: str) -> None:
@@ -255,6 +256,23 @@ def test_errors_are_one_line(start: Start, options: list[str], code: int, messag
     assert message in errors
     assert errors.count("\n") == 1
     assert demo.is_gone()
+
+
+def test_a_plot_that_cannot_be_written_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import typer
+
+    from aionpredis.cli.demo import demo
+
+    plot = tmp_path / "demo.png"
+    plot.symlink_to(tmp_path / "nowhere" / "demo.png")
+    played = Result(Settings.of("CartPole-v1", simulators=1))
+    monkeypatch.setattr(sys.modules["aionpredis.cli.demo"], "until_done", lambda work: played)
+    with pytest.raises(typer.Exit) as ended:
+        demo(plot=plot)
+    assert ended.value.exit_code == 1
+    assert capsys.readouterr().err == f"aionpredis: [Errno 2] No such file or directory: '{plot}'\n"
 
 
 @pytest.mark.parametrize(

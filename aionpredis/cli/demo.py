@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from aionpredis.cli.common import AsJson, fail, need, print_json, until_done
+from aionpredis.cli.common import AsJson, fail, in_one_line, need, print_json, until_done
 
 __all__ = ["demo"]
 
@@ -39,6 +39,8 @@ def demo(
     if plot is not None:  # not when all has been played
         from matplotlib.backend_bases import FigureCanvasBase
 
+        if plot.is_dir():
+            fail(f"{plot} is a folder: name a file", 2)
         if not plot.absolute().parent.is_dir():
             fail(f"{plot}: there is no such folder", 2)
         kinds = FigureCanvasBase.get_supported_filetypes()
@@ -73,6 +75,7 @@ def demo(
     if as_json:
         print_json(result.as_dict())
     if plot is not None:
-        report.write_plot(plot, result)
+        with in_one_line():
+            report.write_plot(plot, result)
     if problems := result.problems():
         fail("; ".join(problems))
