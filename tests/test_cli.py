@@ -610,6 +610,13 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
     assert (tmp_path / "a.npy").read_text() == "old"
 
 
+def test_a_file_may_have_the_longest_name(tmp_path: Path) -> None:
+    for name in ("x" * 255, "ü" * 127, "🎲" * 63):
+        values.write(tmp_path / name, [b"new"])
+        assert (tmp_path / name).read_bytes() == b"new"
+    assert len(list(tmp_path.iterdir())) == 3
+
+
 def test_a_large_file_is_mapped_not_read(tmp_path: Path) -> None:
     np.save(tmp_path / "a.npy", np.zeros(4 << 20))
     tracemalloc.start()

@@ -129,7 +129,7 @@ def write(path: Path, parts: Sequence[Buffer]) -> None:
             stream.writelines(parts)
         return
     path = Path(os.path.realpath(path))
-    partial = path.with_name(f".{path.name[:200]}.{os.urandom(4).hex()}.partial")
+    partial = path.with_name(f".{path.name[:50]}.{os.urandom(4).hex()}.partial")  # a character has up to 4 of 255 bytes
     try:
         with partial.open("xb") as file:
             for part in parts:
