@@ -9,6 +9,7 @@ import pty
 import re
 import select
 import signal
+import stat
 import subprocess
 import sys
 import threading
@@ -608,6 +609,15 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
         values.write(tmp_path / "a.npy", [b"new", None])  # type: ignore[list-item]
     assert [path.name for path in tmp_path.iterdir()] == ["a.npy"]
     assert (tmp_path / "a.npy").read_text() == "old"
+
+
+@pytest.mark.parametrize("mode", [0o600, 0o664, 0o400])
+def test_a_file_that_is_replaced_keeps_its_mode(tmp_path: Path, mode: int) -> None:
+    (tmp_path / "a.npy").write_text("old")
+    (tmp_path / "a.npy").chmod(mode)
+    values.write(tmp_path / "a.npy", [b"new"])
+    assert (tmp_path / "a.npy").read_text() == "new"
+    assert stat.S_IMODE((tmp_path / "a.npy").stat().st_mode) == mode
 
 
 def test_a_file_may_have_the_longest_name(tmp_path: Path) -> None:

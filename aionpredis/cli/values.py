@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -121,7 +122,9 @@ def is_stream(path: Path) -> bool:
 
 
 def write(path: Path, parts: Sequence[Buffer]) -> None:
-    """Write a file that has its name when it is complete, there where a link leads to; or into a pipe or a device."""
+    """Write a file that has its name when it is complete, there where a link leads to, and the mode of the one that it
+    replaces; or into a pipe or a device.
+    """
     if path.is_dir():
         raise UsageError(f"{path} is a folder: name a file")
     if is_stream(path):
@@ -132,6 +135,8 @@ def write(path: Path, parts: Sequence[Buffer]) -> None:
     partial = path.with_name(f".{path.name[:50]}.{os.urandom(4).hex()}.partial")  # a character has up to 4 of 255 bytes
     try:
         with partial.open("xb") as file:
+            if path.exists():  # before anything is in it that the old file's mode kept from others
+                shutil.copymode(path, partial)
             for part in parts:
                 file.write(part)
             file.flush()
