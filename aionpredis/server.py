@@ -48,6 +48,7 @@ __all__ = ["Server"]
 # end-of-file here. The folder is made here, not in Python: what this shell has made it also removes.
 _SUPERVISOR: Final = r"""
 trap '' HUP INT QUIT TERM
+PATH=${PATH:+$PATH:}/usr/bin:/bin  # for mkdir and rm, whatever the program's is
 folder=$1
 shift
 umask 077

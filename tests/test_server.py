@@ -362,6 +362,15 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         Server().start()
 
 
+@pytest.mark.parametrize("path", ["/nowhere", "", None])
+def test_starts_and_leaves_nothing_whatever_the_path(path: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PATH") if path is None else monkeypatch.setenv("PATH", path)
+    with Server() as server:
+        folder = folder_of(server)
+        assert ping(server.url)
+    assert not folder.exists()
+
+
 @pytest.fixture
 def odd_folder() -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix='a b%20"ü\\', dir="/tmp") as folder:
