@@ -36,7 +36,7 @@ import weakref
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Final, Self
+from typing import IO, Final, Self, SupportsIndex
 
 from aionpredis.errors import ConnectError, UsageError
 
@@ -134,8 +134,8 @@ class Server:
         port: int | None = None,
         timeout: float = 10.0,
     ) -> None:
-        if not 0 <= (port or 0) <= 65535:
-            raise UsageError(f"port={port}: a TCP port is between 1 and 65535; 0 or None stands for no port")
+        if port is not None and not (isinstance(port, SupportsIndex) and 0 <= int(port) <= 65535):
+            raise UsageError(f"port={port!r}: a TCP port is between 1 and 65535; 0 or None stands for no port")
         self._config = _checked(config or {})
         self._binary = _located(binary) if binary is not None else None
         self._port = port or None
@@ -354,6 +354,8 @@ def _answers(path: Path, deadline: float) -> bool:
 def _checked(config: Mapping[str, str]) -> dict[str, str]:
     """The caller's directives, names in lower case as the server's own."""
     for name, value in config.items():
+        if not (isinstance(name, str) and isinstance(value, str)):
+            raise UsageError(f"config[{name!r}]={value!r}: name and value are text, as in valkey.conf")
         if reason := _OURS.get(name.lower()):
             raise UsageError(f"config[{name!r}] cannot be set: {reason}")
         if not name or not set(name) <= _NAME or any(char in value for char in "\n\r\0"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import re
 import secrets
 import signal
 import socket
@@ -15,6 +16,7 @@ import textwrap
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 import redis
@@ -307,9 +309,16 @@ def test_directives_that_are_refused(config: dict[str, str], message: str) -> No
         Server(config=config)
 
 
-def test_a_port_that_is_none() -> None:
-    with pytest.raises(UsageError, match="65535"):
-        Server(port=65536)
+@pytest.mark.parametrize("config", [{"maxmemory": 100_000_000}, {"save": None}, {b"maxmemory": "1gb"}], ids=str)
+def test_a_directive_is_text(config: dict[Any, Any]) -> None:
+    with pytest.raises(UsageError, match=re.escape(f"config[{next(iter(config))!r}]=") + ".*are text"):
+        Server(config=config)
+
+
+@pytest.mark.parametrize("port", [65536, -1, "6379", "", 6379.0])
+def test_a_port_that_is_none(port: Any) -> None:
+    with pytest.raises(UsageError, match=f"^port={port!r}: .* 65535"):
+        Server(port=port)
 
 
 def test_a_bad_directive_shows_the_log_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
