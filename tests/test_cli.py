@@ -1103,8 +1103,8 @@ def test_output_that_cannot_be_written_is_one_line_and_exit_code_1() -> None:
             assert (done.returncode, done.stderr) == (1, "aionpredis: [Errno 28] No space left on device\n")
         with Path("/dev/full").open("w") as full:
             command = [sys.executable, "-m", "aionpredis", "get", "nothing", "x.txt"]
-            done = subprocess.run(command, stderr=full, check=False, env=os.environ | {"REDIS_URL": ""})
-        assert done.returncode == 2  # which is all that can be told
+            code = subprocess.run(command, stderr=full, check=False, env=os.environ | {"REDIS_URL": ""}).returncode
+        assert code == 2  # which is all that can be told
 
 
 @needs_server
