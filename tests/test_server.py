@@ -14,6 +14,7 @@ import sys
 import tempfile
 import textwrap
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -169,6 +170,19 @@ def test_a_forgotten_server_stops_with_its_object() -> None:
     gc.collect()
     assert not exists(pid)
     assert not folder.exists()
+
+
+def test_threads_may_start_and_stop_the_same_server(odd_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(odd_folder))
+    server = Server()
+    with ThreadPoolExecutor(4) as threads:
+        started = [threads.submit(server.start) for _ in range(4)]
+        assert all(each.result() is server for each in started)
+        assert len(list(odd_folder.iterdir())) == 1
+        assert ping(server.url)
+        for stopped in [threads.submit(server.stop) for _ in range(4)]:
+            stopped.result()
+    assert not list(odd_folder.iterdir())
 
 
 def test_many_at_once() -> None:
@@ -601,6 +615,37 @@ def test_a_forked_child_can_use_but_not_control_the_server() -> None:
     assert parent.line() == "True True"
     assert parent.end() == (0, "")
     assert parent.nothing_left()
+
+
+def test_a_forked_child_does_not_wait_for_a_thread_that_it_does_not_have() -> None:
+    """Which was starting the server when it was forked."""
+    parent = Parent(
+        """
+        import threading, redis
+        server.stop()
+        begun, ends = threading.Event(), threading.Event()
+        def starting():
+            begun.set()
+            ends.wait()
+            raise KeyboardInterrupt
+        server._started, started = starting, server._started
+        thread = threading.Thread(target=server.start, daemon=True)
+        threading.excepthook = lambda raised: None
+        thread.start()
+        begun.wait()
+        child = os.fork()
+        if child == 0:
+            server._started = started
+            with server:
+                print(redis.Redis.from_url(server.url).ping(), flush=True)
+            os._exit(0)
+        os.waitpid(child, 0)
+        ends.set()
+        thread.join()
+        """
+    )
+    assert parent.line() == "True"
+    assert parent.end() == (0, "")
 
 
 def test_multiprocessing_fork() -> None:
