@@ -964,12 +964,13 @@ def test_serve_notices_that_its_server_ends(serving: Callable[..., subprocess.Po
 
 @needs_server
 def test_serve_says_what_is_wrong(tmp_path: Path) -> None:
-    for arguments, message in [
-        (["--memory", "much"], "argument must be a memory value"),
-        (["--unix", str(tmp_path / "nowhere" / "x.sock")], "No such file"),
+    for arguments, code, message in [
+        (["--memory", "much"], 1, "argument must be a memory value"),
+        (["--memory", "1gb\nport 1"], 2, "not a directive of one line"),
+        (["--unix", str(tmp_path / "nowhere" / "x.sock")], 1, "No such file"),
     ]:
         done = runner().invoke(app, ["serve", *arguments])
-        assert done.exit_code == 1
+        assert done.exit_code == code
         assert message in done.stderr
 
 

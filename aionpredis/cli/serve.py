@@ -11,7 +11,7 @@ from urllib.parse import quote
 
 import typer
 
-from aionpredis.cli.common import AsJson, fail, need, print_json, shown, until_done
+from aionpredis.cli.common import AsJson, fail, in_one_line, need, print_json, shown, until_done
 
 __all__ = ["serve"]
 
@@ -51,7 +51,8 @@ def serve(
         fail(f"{unix} exists already", 2)
     if unix is not None and len(os.fsencode(unix.absolute())) > SOCKET_PATH_MAX:
         fail(f"{unix.absolute()}: the path of a socket has at most {SOCKET_PATH_MAX} bytes", 2)
-    server = Server(port=port, config={} if memory is None else {"maxmemory": memory})
+    with in_one_line():
+        server = Server(port=port, config={} if memory is None else {"maxmemory": memory})
 
     async def work() -> None:
         await anyio.to_thread.run_sync(server.start)
