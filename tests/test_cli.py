@@ -412,6 +412,18 @@ def test_show_draws_on_a_terminal(terminal: Terminal) -> None:
     assert "▀" not in terminal("show", "rgb").stdout
 
 
+@pytest.mark.one_server("of the terminal")
+def test_a_terminal_whose_size_is_0_has_one(terminal: Terminal, monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal.fill(lambda client: client.set("rgb", np.full((16, 16, 3), (200, 100, 50), np.uint8)))
+    for name, value in {"COLUMNS": "0", "LINES": "0", **COLOURS}.items():
+        monkeypatch.setenv(name, value)
+    with at_a_terminal("show", "rgb", "--url", terminal.url) as (process, ours):
+        seen = read_until(ours, b"never").decode()
+        assert process.wait(20) == 0
+    assert "Traceback" not in seen
+    assert seen.count("▀") == 16 * 8
+
+
 # get, put
 
 

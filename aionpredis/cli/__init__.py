@@ -69,6 +69,9 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # what its encoding does not have is printed as \u…, and ends nothing
             stream.reconfigure(errors="backslashreplace")
+    for size in ("COLUMNS", "LINES"):
+        if os.environ.get(size) == "0":  # nobody knows; rich would print nothing into no columns
+            del os.environ[size]
     code = _code_of(app)
     for stream in (sys.stdout, sys.stderr):
         if failed := _code_of(stream.flush, silent=bool(code)):
