@@ -87,6 +87,13 @@ def test_url_of_a_service(url: str, shown: str, db: int | None) -> None:
         ("redis+nothing://a", "a URL looks like"),
         ("unix+cluster://a", "a URL looks like"),
         ("redis://a?sentinel_password=x", "sentinel_password"),
+        ("redis://a/abc", "redis://a/abc: behind the host stands the number of a database"),
+        ("rediss://a/3/4", "the number of a database"),
+        ("redis://a/ 3", "the number of a database"),
+        ("redis://a/3?db=4", "redis://a/3: another database"),
+        ("redis+sentinel://a/svc/3?db=4", "svc/3: another database"),
+        ("redis+cluster://u:p@a:1,u:p@b:2", "stand once, before the first host"),
+        ("redis+sentinel://u:p@a:1,u:p@b:2/svc", "stand once, before the first host"),
     ],
 )
 def test_wrong_url_says_what_to_do(url: str, says: str) -> None:
@@ -94,6 +101,19 @@ def test_wrong_url_says_what_to_do(url: str, says: str) -> None:
         opened(url)
     assert says in str(raised.value)
     assert raised.value.__context__ is None  # which would quote the URL
+
+
+@pytest.mark.parametrize(
+    ("url", "db"),
+    [
+        *(("redis://a", 0), ("redis://a/", 0), ("redis://a/3", 3), ("rediss://a/3/", 3), ("redis://a?db=4", 4)),
+        *(("redis://a/3?db=3", 3), ("redis://a/%33", 3), ("unix:///a/b?db=5", 5), ("unix:///a/7", 0)),
+    ],
+)
+def test_database_of_a_url(url: str, db: int) -> None:
+    made = opened(url)
+    assert isinstance(made, Dialer)
+    assert made.database == db
 
 
 def opened(source: Any, **options: Any) -> Dialer | ClusterDialer:

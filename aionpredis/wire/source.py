@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 import redis
 import redis.asyncio
@@ -87,7 +87,11 @@ def read(source: Servers) -> Source:
         secure, _, kind = scheme.partition("+")
         if secure in ("redis", "rediss") and kind in _PORTS:
             return _read_many(source, secure, kind)
-        return Source(without_secrets(source), from_url=source)
+        shown = without_secrets(source)
+        if secure != "unix":
+            parts = urlsplit(source)
+            _check_database(shown, parts.path, parts.query)
+        return Source(shown, from_url=source)
     if hasattr(source, "nodes_manager"):
         return _read_cluster(source.nodes_manager)
     if hasattr(source, "connection_pool"):
@@ -124,6 +128,15 @@ def without_secrets(url: str) -> str:
     return f"{parts.scheme}://{place}{parts.path}"
 
 
+def _check_database(shown: str, path: str, query: str) -> None:
+    """See that a URL names one at most: redis-py leaves out what is no number, and takes 3/4 for 34."""
+    name = unquote(path).strip("/")
+    if name and not (name.isascii() and name.isdecimal()):
+        raise UsageError(f"{shown}: behind the host stands the number of a database, or nothing: …/0")
+    if name and parse_qs(query).get("db", [name]) != [name]:
+        raise UsageError(f"{shown}: another database than that behind the host stands in ?db=")
+
+
 def _read_many(url: str, secure: str, kind: str) -> Source:
     """A URL with several hosts, which ``urlsplit`` does not know: the first stands for them where redis-py reads the rest."""
     rest = url.partition("://")[2]
@@ -132,6 +145,8 @@ def _read_many(url: str, secure: str, kind: str) -> Source:
     login, at, hosts = netloc.rpartition("@")
     if not at and "@" in url:
         raise UsageError(f"an @ behind the hosts: {_ENCODED}")
+    if re.search("@.*,", login):
+        raise UsageError(f"user and password stand once, before the first host; {_ENCODED}")
     scheme = f"{secure}+{kind}"
     nodes = tuple(_read_host(host, scheme, _PORTS[kind]) for host in hosts.split(","))
     shown = f"{scheme}://{','.join(map(place, nodes))}"
@@ -148,8 +163,10 @@ def _read_many(url: str, secure: str, kind: str) -> Source:
         raise UsageError(
             f"{shown}: behind the hosts stands the service's name, and maybe a database: …/service or …/service/0"
         )
+    shown = f"{shown}/{'/'.join(names)}"
+    _check_database(shown, "".join(names[1:]), query)
     return Source(
-        f"{shown}/{'/'.join(names)}",
+        shown,
         sentinels=nodes,
         service=names[0],
         from_url=f"{first}/{''.join(names[1:])}?{query}",
