@@ -16,7 +16,7 @@ import redis
 from aionpredis.errors import AuthenticationError, ConnectError, ServerError, UsageError
 from aionpredis.server import Server
 from aionpredis.wire.connection import Connection
-from aionpredis.wire.discovery import PATIENCE, Address, ClusterDialer, Slots, open_source
+from aionpredis.wire.discovery import PATIENCE, Address, ClusterDialer, Slots, _parse, open_source
 from aionpredis.wire.resp import MAX_BULK, Reply, encode
 
 from .cluster import Cluster, slot_of
@@ -103,6 +103,11 @@ async def test_slots_that_nobody_serves_are_left_out(single: Server) -> None:
     here = "127.0.0.1", port_of(single)
     found = await dialer(url_of(here[1])).discover()
     assert found == [Slots(0, 99, here, ()), Slots(200, 16_383, here, ())]
+
+
+def test_servers_of_unknown_names_are_where_the_map_was_asked_for() -> None:
+    answer = [[0, 16_383, [b"?", 1, b"a"], [b"", 2, b"b"], [b"there", 3, b"c"], [b"?", 4, b"d"]]]
+    assert _parse(answer, ("here", 9)) == [Slots(0, 16_383, ("here", 1), (("here", 2), ("there", 3), ("here", 4)))]
 
 
 async def test_node_without_an_address_is_where_it_was_asked(single: Server) -> None:

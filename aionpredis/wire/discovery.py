@@ -7,7 +7,7 @@ What is answered is read by redis-py.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import anyio
@@ -153,17 +153,21 @@ class ClusterDialer:
 
 def _parse(answer: Any, node: Address) -> list[Slots]:
     try:
-        # A node that does not know its own address yet leaves it out: it is where it was asked.
+        # A node that does not know an address leaves it out, or says "?": it is where that node was asked.
         return [
-            Slots(int(first), int(last), _address(who["primary"]), tuple(map(_address, who["replicas"])))
+            Slots(int(first), int(last), *_addresses(who, node[0]))
             for (first, last), who in sorted(parse_cluster_slots(answer, current_host=node[0]).items())
         ]
     except (ValueError, TypeError, IndexError) as error:
         raise ConnectError(f"{node[0]}:{node[1]} answers CLUSTER SLOTS with something else") from error
 
 
-def _address(parsed: tuple[str, Any]) -> Address:
-    return parsed[0], int(parsed[1])
+def _addresses(parsed: Mapping[str, Any], here: str) -> tuple[Address, tuple[Address, ...]]:
+    """Of the primary and of its replicas."""
+    primary, *replicas = (
+        (here if host == "?" else host, int(port)) for host, port, *_ in (parsed["primary"], *parsed["replicas"])
+    )
+    return primary, tuple(replicas)
 
 
 def open_source(source: Servers, **settings: Any) -> Dialer | ClusterDialer:
