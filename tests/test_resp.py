@@ -487,6 +487,17 @@ def test_nesting_up_to_the_limit_is_read() -> None:
     assert value == [1]
 
 
+def test_redirection_to_where_nothing_can_be_is_an_error_like_others() -> None:
+    for text in ("MOVED 16384 h:1", "ASK 99999 h:1", "MOVED 1 h:65536", "MOVED 1 h", "MOVED \u0663 h:1"):
+        reply = Reply()
+        receive(f"-{text}\r\n".encode(), reply)
+        assert type(reply.values[0]) is ServerError
+        assert not reply.redirected
+    reply = Reply()
+    receive(b"-MOVED 16383 h:65535\r\n", reply)
+    assert reply.redirected
+
+
 def test_error_as_the_only_value_is_raised() -> None:
     receive(b"-WRONGTYPE no\r\n", reply := Reply())
     with pytest.raises(ServerError, match="WRONGTYPE no"):

@@ -22,14 +22,12 @@ from aionpredis.stats import Counters
 from aionpredis.wire import resp
 from aionpredis.wire.connection import Connection
 from aionpredis.wire.discovery import Address, ClusterDialer, Slots
-from aionpredis.wire.resp import Buffer, Reply
+from aionpredis.wire.resp import SLOTS, Buffer, Reply
 from aionpredis.wire.shard import Shard
 
 __all__ = ["Cluster"]
 
 T = TypeVar("T")
-
-SLOTS = 16_384
 
 MAX_REDIRECTIONS = 16
 """Of one command in a row. More are a map that the servers do not agree on (yet)."""

@@ -347,7 +347,10 @@ class Reply:
         return value
 
 
-_REDIRECTION = re.compile(r"(MOVED|ASK) \d{1,5} \S*:\d{1,5}")
+_REDIRECTION = re.compile(r"(MOVED|ASK) (\d{1,5}) \S*:(\d{1,5})", re.ASCII)
+
+SLOTS = 16_384
+"""Of a cluster."""
 
 
 def server_error(line: bytes) -> ServerError:
@@ -355,7 +358,8 @@ def server_error(line: bytes) -> ServerError:
     code = text.partition(" ")[0]
     if code == "OOM":
         return ServerFull(text)
-    if _REDIRECTION.fullmatch(text):
+    there = _REDIRECTION.fullmatch(text)
+    if there and int(there[2]) < SLOTS and int(there[3]) < 1 << 16:
         return Redirected(text)
     return ServerUnavailable(text) if code in ServerUnavailable.CODES else ServerError(text)
 
