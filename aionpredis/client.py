@@ -213,9 +213,7 @@ class Client:
             ServerError: the server refused (``WRONGTYPE``: the key holds a list, a hash, …).
         """
         if out is not None:
-            if not isinstance(out, np.ndarray):
-                raise UsageError(f"out= is a NumPy array, not {type(out).__name__}")
-            return await self._get_into(key, out)
+            return out if await self._get_into(key, _plain(out)) else None
         value = await self.get_value(key)
         return None if value is None else await self._open(codecs.open_array, value, key)
 
@@ -236,18 +234,19 @@ class Client:
             return await self.get_value(key)  # a replica may not have it yet
         return value
 
-    async def _get_into(self, key: Key, out: NDArray[Any]) -> NDArray[Any] | None:
+    async def _get_into(self, key: Key, out: NDArray[Any]) -> bool:
+        """Whether there is such a key."""
         name = key_bytes(key)
         command = resp.encode("GET", name)
         batch = out[np.newaxis]
-        header = _header(batch)
+        header = self._header(batch)
         (row,) = row_views(batch)
         reply = await self.request(lambda: (command, value_reply(header, row)), name)
         if reply.matched:
-            return out
+            return True
         found = np.ones(1, np.bool_)
         await self._place([key], [0], [self._raise(reply.values[0], "GET", key)], batch, found)
-        return out if found[0] else None
+        return bool(found[0])
 
     async def mset(
         self,
@@ -282,6 +281,8 @@ class Client:
             OutMismatch: a stored array's dtype or shape is not that of the rows; it names the key.
             NotAnArray, WrongKind, CorruptValue, ServerError: as for :meth:`get`.
         """
+        if isinstance(keys, str | bytes):
+            raise UsageError(f"mget takes a list of keys, not one key: [{keys!r:.80}]")
         keys = list(keys)
         names = [key if type(key) is bytes else key_bytes(key) for key in keys]
         if out is not None:
@@ -350,7 +351,8 @@ class Client:
         found = np.ones(len(names), np.bool_)
         if not names:
             return found
-        header = _header(out)
+        out = _plain(out)
+        header = self._header(out)
         rows = row_views(out)
 
         async def place(numbers: Sequence[int], values: list[Any]) -> None:
@@ -396,6 +398,19 @@ class Client:
                     await other(numbers, self._answers(reply, numbers, keys))
         finally:
             pipeline.abandon()
+
+    def _header(self, out: NDArray[Any]) -> bytes:
+        """With which the values begin that fill the rows of ``out=``."""
+        try:
+            header = npy.header_bytes(out.dtype, out.shape[1:])
+        except EncodeError as error:
+            raise UsageError(f"out=: {error}") from error
+        size = len(header) + out.nbytes // len(out)
+        if size > self._max_value_bytes:
+            raise UsageError(
+                f"out= takes values of {size:,} bytes, more than max_value_bytes={self._max_value_bytes:,}"
+            )
+        return header
 
     async def _place(
         self,
@@ -763,11 +778,13 @@ def _with(command: Sequence[Buffer], reply: Callable[[], Reply]) -> tuple[Sequen
     return command, reply()
 
 
-def _header(out: NDArray[Any]) -> bytes:
-    try:
-        return npy.header_bytes(out.dtype, out.shape[1:])
-    except EncodeError as error:
-        raise UsageError(f"out=: {error}") from error
+def _plain(out: object) -> NDArray[Any]:
+    """The memory of ``out=``, whatever its class makes of axes (``np.matrix``)."""
+    if not isinstance(out, np.ndarray):
+        raise UsageError(f"out= is a NumPy array, not {type(out).__name__}")
+    if isinstance(out, np.ma.MaskedArray):
+        raise UsageError("out= is a masked array, and what is stored has no mask: give its .data")
+    return out if type(out) is np.ndarray else out.view(np.ndarray)
 
 
 def connect(
@@ -800,7 +817,8 @@ def connect(
     ``connect_timeout``: seconds for connecting, with TLS and AUTH. ``retry_timeout``: seconds for which a server that broke
     the connection, is gone, or cannot answer yet is tried again, before the error is raised; 0: not at all, ``math.inf``:
     until the call is cancelled. Writers, actors and readers wait as long. Opening a client is one attempt.
-    ``max_value_bytes``: the longest value accepted, and the longest that a compressed one may become.
+    ``max_value_bytes``: the longest value accepted, and the longest that a compressed one may become. A longer one is a
+    ``ProtocolError``, and the connection is made anew.
     ``read_replicas``: in a cluster, have chunks of a replay and weights of a policy sent by replicas: they never change, and
     what a replica does not have yet, its primary is asked for. Everything else is asked of primaries.
     ``options``: for redis-py's connection (``credential_provider``, ``ssl_ca_certs``, ``client_name``, …), and

@@ -199,6 +199,26 @@ async def test_out_may_have_gaps_between_its_rows_but_not_in_them(url: str) -> N
             await client.get("x", out=np.zeros((4, 4))[::2, ::2])
 
 
+async def test_out_of_another_class_is_filled_or_refused_and_disturbs_nobody(url: str) -> None:
+    square = np.arange(4.0).reshape(2, 2)
+    async with aionpredis.connect(url) as client:
+        await client.set("square", square)
+        connection = await client.connection(b"square")
+        matrix = square.view(np.matrix) * 0
+        assert await client.get("square", out=matrix) is matrix
+        assert (np.asarray(matrix) == square).all()
+        await client.set("row", square[1])
+        await client.set("other", square[0])
+        assert (await client.mget(["row", "other"], out=matrix)).all()
+        assert (np.asarray(matrix) == square[::-1]).all()
+        for masked in (np.ma.zeros((2, 2)), np.ma.masked_array(square, [[True, False], [False, False]])):
+            with pytest.raises(UsageError, match="masked"):
+                await client.get("square", out=masked)
+            with pytest.raises(UsageError, match="masked"):
+                await client.mget(["row", "other"], out=masked)
+        assert connection.lost is None
+
+
 async def test_out_takes_what_was_not_stored_as_predicted(url: str, stock: redis.Redis) -> None:
     async with aionpredis.connect(url) as client:
         rows = np.stack([STATE % np.uint16(i + 2) for i in range(40)])
@@ -701,6 +721,9 @@ async def test_out_of_the_wrong_kind_is_refused(url: str) -> None:
         for rows in (np.empty((3, 80, 80), np.uint16), np.empty(()), "x"):
             with pytest.raises(UsageError, match="one row for each key"):
                 await client.mget(["k", "other"], out=rows)  # type: ignore[arg-type]
+        for one in ("key", b"key"):
+            with pytest.raises(UsageError, match="a list of keys, not one key"):
+                await client.mget(one)  # type: ignore[arg-type]
         assert equal(await client.get("k"), STATE)
 
 
@@ -734,6 +757,13 @@ async def test_value_longer_than_allowed_ends_the_connection_not_the_program(url
         with pytest.raises(ConnectionLost, match="max_value_bytes"):
             await client.get("bomb")
         assert equal(await client.get("small"), np.arange(3))
+        connection = await client.connection(b"k")
+        for out in (STATE.copy(), np.zeros_like(STATE, np.float64)):
+            with pytest.raises(UsageError, match="more than max_value_bytes=10,000"):
+                await client.get("k", out=out)
+            with pytest.raises(UsageError, match="more than max_value_bytes=10,000"):
+                await client.mget(["k"], out=out[np.newaxis])
+        assert connection.lost is None
 
 
 # --- a life with interruptions ---------------------------------------------------------------------------------------
