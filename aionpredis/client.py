@@ -57,7 +57,7 @@ from aionpredis.stats import Counters, Stats
 from aionpredis.wire import resp
 from aionpredis.wire.cluster import Cluster
 from aionpredis.wire.connection import Connection
-from aionpredis.wire.dial import Dialer
+from aionpredis.wire.dial import Dialer, seconds
 from aionpredis.wire.discovery import ClusterDialer, open_source
 from aionpredis.wire.resp import Buffer, Reply
 from aionpredis.wire.shard import Shard
@@ -102,6 +102,7 @@ class Client:
     ) -> None:
         if isinstance(max_value_bytes, bool) or not isinstance(max_value_bytes, int) or max_value_bytes < 1:
             raise UsageError(f"max_value_bytes is a positive number of bytes, not {max_value_bytes!r}")
+        timeout, connect_timeout = seconds("timeout", timeout), seconds("connect_timeout", connect_timeout)
         self.codec = codecs.resolve(codec)
         self.counters = Counters()
         self.faults = Faults(retry_timeout=retry_timeout, timeout=timeout, counters=self.counters)

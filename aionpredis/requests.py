@@ -90,9 +90,10 @@ def ttl_options(ttl: float | None) -> bytes:
     """
     if ttl is None:
         return b""
-    if isinstance(ttl, bool) or not isinstance(ttl, Real) or not 0 < ttl <= MAX_TTL:
+    number: float = ttl.item() if isinstance(ttl, np.generic) else ttl  # np.int16(60) * 1000 would be -5536
+    if isinstance(number, bool) or not isinstance(number, Real) or not 0 < number <= MAX_TTL:
         raise UsageError(f"ttl is a positive number of seconds, or None for ever; not {ttl!r}")
-    milliseconds = b"%d" % max(1, round(float(ttl) * 1000))  # np.int16(60) * 1000 would be -5536
+    milliseconds = b"%d" % max(1, round(float(number) * 1000))
     return b"$2\r\nPX\r\n$%d\r\n%b\r\n" % (len(milliseconds), milliseconds)
 
 

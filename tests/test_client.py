@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import io
+import math
 import threading
 import time
 import warnings
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -764,6 +766,23 @@ async def test_value_longer_than_allowed_ends_the_connection_not_the_program(url
             with pytest.raises(UsageError, match="more than max_value_bytes=10,000"):
                 await client.mget(["k"], out=out[np.newaxis])
         assert connection.lost is None
+
+
+@pytest.mark.one_loop("what a socket takes is the same on all")
+@pytest.mark.parametrize("number", [np.float16(30), np.float32(30), np.int8(30), Fraction(30), 1e11, 1e300, 10**400])
+async def test_time_limit_may_be_any_positive_number(url: str, number: Any) -> None:
+    async with aionpredis.connect(url, timeout=number, connect_timeout=number) as client:
+        await client.set("k", STATE)
+        with warnings.catch_warnings(action="error"):
+            await client.set("k", STATE, ttl=min(number, 1000))
+        assert equal(await client.get("k"), STATE)
+
+
+@pytest.mark.parametrize("bad", [0, -1, math.nan, math.inf, True, "3", None, np.float64(0)])
+def test_time_limit_that_is_none_is_refused(bad: Any) -> None:
+    for name in ("timeout", "connect_timeout"):
+        with pytest.raises(UsageError, match=f"^{name} is a positive number of seconds"):
+            aionpredis.connect(**{name: bad})
 
 
 # --- a life with interruptions ---------------------------------------------------------------------------------------

@@ -217,7 +217,7 @@ class Connection:
                     continue
             self._silence = max(self._silence, limit)
             if self._silence >= self._timeout:
-                self.abort(Stalled(f"no byte moved for {self._timeout} s while a reply was outstanding"))
+                self.abort(Stalled(f"no byte moved for {self._timeout:g} s while a reply was outstanding"))
                 return
             if self.on_silence is not None:
                 self._asked = self._silence

@@ -21,6 +21,7 @@ from typing import Any
 
 import anyio
 import anyio.to_thread
+import numpy as np
 import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
@@ -33,9 +34,24 @@ from aionpredis.wire.sentinel import Sentinels
 from aionpredis.wire.socket import Socket, wrap
 from aionpredis.wire.source import LOOKS_LIKE, Servers, Source, place, read
 
-__all__ = ["Dialer"]
+__all__ = ["Dialer", "seconds"]
+
+MAX_SECONDS = 1e6
+"""Of a time limit: eleven days. ``socket.settimeout()`` takes no more than 2**31 ms."""
 
 _TLS_FILES = "ssl_ca_certs", "ssl_ca_path", "ssl_certfile", "ssl_keyfile"
+
+
+def seconds(name: str, value: Any) -> float:
+    """A time limit, as a float that a socket takes.
+
+    Raises:
+        UsageError: it is no positive number.
+    """
+    number: float = value.item() if isinstance(value, np.generic) else value
+    if isinstance(number, bool) or not isinstance(number, Real) or not 0 < number < math.inf:
+        raise UsageError(f"{name} is a positive number of seconds, not {value!r}")
+    return float(min(number, MAX_SECONDS))
 
 
 class Dialer:
@@ -63,14 +79,12 @@ class Dialer:
         source = source if isinstance(source, Source) else read(source)
         self.url: str = source.url
         """Where the server is, without secrets."""
+        timeout, connect_timeout = seconds("timeout", timeout), seconds("connect_timeout", connect_timeout)
         self._timeout = timeout
         self._connect_timeout = connect_timeout
         self._max_bulk = max_bulk
         self._counters = counters
         self._sentinels: Sentinels | None = None
-        for name, seconds in (("timeout", timeout), ("connect_timeout", connect_timeout)):
-            if isinstance(seconds, bool) or not isinstance(seconds, Real) or not 0 < seconds < math.inf:
-                raise UsageError(f"{name} is a positive number of seconds, not {seconds!r}")
         settings: dict[str, Any] = dict(options)
         tls, problem = False, ""
         try:
@@ -130,7 +144,7 @@ class Dialer:
         outcome: Socket | ConnectError | None = None
         try:
             # Each step in the thread has this limit, too; a name's look-up, or a server that trickles, has none there.
-            with anyio.move_on_after(float(self._connect_timeout)):
+            with anyio.move_on_after(self._connect_timeout):
                 outcome = await anyio.to_thread.run_sync(self._connect, attempt, readonly, abandon_on_cancel=True)
         except BaseException:
             attempt.abandon()
