@@ -781,11 +781,13 @@ def _with(command: Sequence[Buffer], reply: Callable[[], Reply]) -> tuple[Sequen
 
 def _plain(out: object) -> NDArray[Any]:
     """The memory of ``out=``, whatever its class makes of axes (``np.matrix``)."""
+    if type(out) is np.ndarray:
+        return out
     if not isinstance(out, np.ndarray):
         raise UsageError(f"out= is a NumPy array, not {type(out).__name__}")
     if isinstance(out, np.ma.MaskedArray):
         raise UsageError("out= is a masked array, and what is stored has no mask: give its .data")
-    return out if type(out) is np.ndarray else out.view(np.ndarray)
+    return out.view(np.ndarray)
 
 
 def connect(
