@@ -535,6 +535,11 @@ MUTATIONS = [
         CONNECTION_TESTS,
     ),
     Mutation(
+        "wire: who waits for an abandoned reply is not handed the connection",
+        [(CONNECTION, "if not reply.done and reply.waiter is not None:", "if not (reply.done or reply.abandoned):")],
+        CONNECTION_TESTS,
+    ),
+    Mutation(
         "wire: a task that is poked forgets the silence",
         [(CONNECTION, "if (ready and not self._poked) or", "if ready or")],
         CONNECTION_TESTS,
