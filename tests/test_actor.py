@@ -333,12 +333,12 @@ async def test_lease_is_begun_again_before_xadd_if_half_of_it_is_over(
     passed = 0.0
     monkeypatch.setattr("aionpredis.replay.commit.time", SimpleNamespace(monotonic=lambda: time.monotonic() + passed))
     async with aionpredis.connect(url) as client, joined(client) as actor:
-        await fill(actor, range(4))
-        await actor.flush()  # from now on a full chunk is sent at once
         for seconds, renewed in ((0, False), (31, True)):
             stock.config_resetstat()
             pause(stock, 20_000)
             await fill(actor, range(4))
+            while not all(commit.leased for commit in actor._committer._commits()):  # until its SET is sent
+                await anyio.sleep(0.001)
             passed += seconds
             stock.client_unpause()
             await actor.flush()

@@ -281,7 +281,9 @@ async def test_a_primary_is_killed_while_it_is_written_to(cluster: Cluster) -> N
         with anyio.fail_after(50):
             async with client.writer(max_inflight=2 << 20) as writer, anyio.create_task_group() as tasks:
                 tasks.start_soon(replace)
-                while not replaced or turn < 20:
+                last = False
+                while not last:
+                    last = replaced and turn > 20
                     turn += 1
                     for key in keys:
                         await writer.put(key, STATE + np.uint16(turn))
