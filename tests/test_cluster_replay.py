@@ -17,7 +17,7 @@ import pytest
 import aionpredis
 from aionpredis import Batches, Client, NotReplicated, Replay, Run, UsageError
 
-from .cluster import Cluster, slot_of
+from .cluster import PATIENT, Cluster, slot_of
 from .nodes import Node, wait
 from .replays import SCHEMA, fill, replay_of, unnamed_without_ttl
 from .stock import stock_of
@@ -235,6 +235,7 @@ async def test_nothing_is_lost_that_replicas_have_acknowledged(cluster: Cluster,
             await anyio.to_thread.run_sync(REPLICATED[who], cluster)
             (killed,) = before - {*cluster.primaries()}
             await anyio.to_thread.run_sync(cluster.restart, killed)  # nothing is acknowledged without
+            await anyio.to_thread.run_sync(cluster.patience, PATIENT)
             await here.go_on(100)
     assert here.lost == 0
 
