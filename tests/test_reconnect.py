@@ -398,8 +398,9 @@ async def test_actor_tries_for_retry_timeout_once_not_for_each_of_its_steps(plac
             started = time.monotonic()
             with pytest.raises(ServerUnavailable, match=f"READONLY.*{GIVEN_UP}") as raised:
                 await fill(actor, range(4, 100_000))
-            assert 2 <= seconds_of(raised.value) < 4
-            assert 2 <= time.monotonic() - started < 4  # with another retry_timeout it would be that
+            seconds = seconds_of(raised.value)
+            assert 2 <= seconds < 4
+            assert 2 <= time.monotonic() - started < seconds + 1  # with another retry_timeout 1.5 s more, or 2
 
 
 class GoneAt(Proxy):
@@ -428,8 +429,9 @@ async def test_what_a_step_of_an_actor_gave_up_is_not_tried_for_another_retry_ti
                 started = time.monotonic()
                 with pytest.raises((ConnectError, ConnectionLost), match=GIVEN_UP) as raised:
                     await fill(actor, range(100_000))
-                assert 1.5 <= seconds_of(raised.value) < 3
-                assert 1.5 <= time.monotonic() - started < 3  # with another retry_timeout it would be that
+                seconds = seconds_of(raised.value)
+                assert 1.5 <= seconds < 3
+                assert 1.5 <= time.monotonic() - started < seconds + 1  # with another retry_timeout 1.5 s more
             stats = client.stats()
             assert sum(stats.errors.values()) == stats.retries + 1
 
