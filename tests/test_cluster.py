@@ -25,6 +25,8 @@ from aionpredis.wire.resp import Reply
 
 from .cluster import PATIENT, Cluster, slot_of
 from .nodes import Node, wait
+from .replays import fill as fill_actor
+from .replays import replay_of, uids
 
 pytestmark = pytest.mark.anyio
 
@@ -184,6 +186,37 @@ async def test_a_server_that_redirects_is_not_left_when_the_other_one_cannot_ans
                     await writer.put(key, array(1))
             assert not refusals
             assert connection.lost is None
+
+
+@pytest.mark.one_loop("what a server says is the same on all")
+async def test_an_actor_does_not_leave_a_server_that_redirects_when_the_other_one_cannot_answer_yet(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refusals = [ServerUnavailable("CLUSTERDOWN The cluster is down")]
+    ask = clusters.Cluster._ask
+
+    async def refuse(*arguments: Any, asks: bool) -> None:
+        *_, reply = arguments
+        if refusals:
+            reply.values.append(refusals.pop())
+        else:
+            await ask(*arguments, asks=asks)
+
+    async with aionpredis.connect(cluster.url) as client:
+        replay = replay_of(client)
+        run = await replay.begin_run()
+        async with replay.actor() as actor:
+            await actor.join()
+            await fill_actor(actor, range(40))
+            await actor.flush()
+            monkeypatch.setattr(clusters.Cluster, "_ask", refuse)
+            with migrating(cluster, "{r}:log", moved=True):
+                connection = await client.connection(b"{r}:log")
+                await fill_actor(actor, range(40, 80))
+                await actor.flush()
+                assert not refusals
+                assert connection.lost is None
+        assert sorted(await uids(await replay.epoch(run))) == list(range(80))
 
 
 async def test_a_moved_slot_is_looked_for_once(cluster: Cluster) -> None:

@@ -304,6 +304,7 @@ class Committer:
                 await lane.to_do.wait()
                 lane.to_do = None
                 continue
+            asked: Connection | None = None
             try:
                 if not lane.rounds:
                     if lane.connection is None or lane.connection.lost is not None:
@@ -326,11 +327,13 @@ class Committer:
                     self._submit(lane, lane.connection)
                     if not lane.rounds:
                         continue
-                assert lane.connection is not None
-                await lane.connection.wait(lane.rounds[0].reply)
+                asked = lane.connection
+                assert asked is not None
+                await asked.wait(lane.rounds[0].reply)
                 while lane.rounds and lane.rounds[0].reply.done:  # and whatever else has come with it
                     one = lane.rounds[0]
                     if one.reply.redirected:
+                        asked = None  # what refuses now is another server
                         over = await self._client.topology.follow(one.buffers, one.reply)
                         one.reply.redirected = False
                         if one.over:
@@ -356,7 +359,7 @@ class Committer:
                 self._counters.repeated += sum(len(one.commits) for one in lane.rounds)
                 self._start_again(lane)
                 try:
-                    pause = lane.retry.after(error, lane.connection)
+                    pause = lane.retry.after(error, asked)
                 except AionpredisError:
                     self._fail(error)
                 else:
