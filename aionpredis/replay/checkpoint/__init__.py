@@ -11,7 +11,8 @@
 
 In a bundle of transitions each column is ``(transitions, *shape)``. What the log knows stands beside them, under names
 that no column can have: ``log.incarnation`` ``(chunks, 8)`` uint8, ``log.seq`` and ``log.rows`` ``(chunks,)`` int64, and
-``log.episode_end`` ``(transitions,)`` bool. So a restored run has the same chunks, and the same trajectories.
+``log.episode_end`` ``(transitions,)`` bool. So a restored run has the same chunks, and the same trajectories. Its incarnations
+are others, as many: an actor that wrote some of it and lives goes on beside them.
 
 A folder has its name only when it is whole. At most two bundles are in memory, one that travels and one on its way to or
 from the disk, which is a worker thread's business.

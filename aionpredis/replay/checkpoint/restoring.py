@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -116,6 +117,8 @@ class _Writing:
         self._run = run
         self._lease = lease
         self._free = buffers
+        # An actor that wrote some of it may be alive and join this run, too: its own numbers are not taken there.
+        self._salt = int.from_bytes(os.urandom(8))
         self._report = report
         self._total = total
         self._done = self._reported = 0
@@ -144,7 +147,8 @@ class _Writing:
             for name, column in buffer.columns.items():
                 column[: chunk.rows] = columns[name][row : row + chunk.rows]
             row += chunk.rows
-            self._committer.commit(buffer, self._run, chunk)
+            incarnation = (int.from_bytes(chunk.incarnation) ^ self._salt).to_bytes(8)
+            self._committer.commit(buffer, self._run, chunk._replace(incarnation=incarnation))
             await anyio.lowlevel.checkpoint()
             self._tell(self._total // STEPS)
 
