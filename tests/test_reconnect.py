@@ -860,6 +860,26 @@ async def test_trainer_adds_its_lost_beginning_again(failover: Failover) -> None
         assert (await trainer.begin_run()).run == run.run + 1
 
 
+async def test_trainer_whose_lost_run_another_one_took_the_number_of_finds_that_one(failover: Failover) -> None:
+    async with aionpredis.connect(failover.url) as client:
+        trainer = replay_of(client, lease=20)
+        await trainer.begin_run()
+        await anyio.to_thread.run_sync(failover.replicate)
+        run = await trainer.begin_run()
+        begin: Any = {"begin": "other", "policy": "0", "schema": trainer.schema.digest}
+        failover.new.xadd("{r}:log", begin, id=f"{run.run}-0")
+        failover.happen()
+        with anyio.fail_after(PATIENCE):
+            found = await trainer.latest_run()
+            assert found is not None
+            assert (found.run, found.token) == (run.run, b"other")
+            async with replay_of(client).actor() as actor:
+                assert await actor.join() == found
+                await fill(actor, range(8))
+            assert await trainer.count() == 8
+            assert (await trainer.begin_run()).run == run.run + 1
+
+
 async def test_run_whose_number_another_one_took_has_ended(failover: Failover) -> None:
     found: list[int] = []
     async with aionpredis.connect(failover.url) as client, aionpredis.connect(failover.url) as other:

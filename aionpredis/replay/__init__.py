@@ -193,9 +193,11 @@ class Replay:
         """The newest run; ``None`` if none was ever begun."""
         while True:
             run = await runs.latest(self._client, self._names)
-            if self._beginning is None or not self._beginning.doubtful:
+            mine = self._beginning
+            if mine is None or not mine.doubtful:
                 return run
-            await self._beginning.confirm()
+            if not await mine.confirm() and self._beginning is mine:
+                self._beginning = None  # a failover has lost it, and its number is another run's
 
     async def delete_runs_before(self, run: int | Run) -> int:
         """Delete the data of all runs before this one; how many chunks were deleted. Finishes what a crash interrupted.
