@@ -11,15 +11,19 @@ from collections.abc import AsyncIterator, Awaitable
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import anyio
+import anyio.lowlevel
 import numpy as np
 import pytest
 import redis
 
 import aionpredis
 from aionpredis import Actor, Client, ReplayGone, RunEnded, Schema, SchemaMismatch, Server, ServerError, UsageError
+from aionpredis.errors import ConnectError
 from aionpredis.replay.actor import MAX_BUFFERS
+from aionpredis.replicas import Replicas
 
 from .proxy import Faults, Proxy
 from .replays import (
@@ -462,6 +466,50 @@ async def test_lanes_join_the_same_run_again_after_an_error_of_one(url: str, sto
             # Of those before, the lane that had met no error yet may have committed some.
             found = [uid async for batch in await replay_of(client).epoch(run) for uid in batch["uid"]]
             assert sorted(uid for uid in found if uid >= 2) == [2] * 8 + [3] * 8
+
+
+@pytest.mark.parametrize("how", ["fails", "is cancelled"])
+async def test_lanes_that_were_opened_are_left_when_the_next_one(
+    how: str, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checks = 0
+    entered: list[Actor] = []
+    left: list[Actor] = []
+    enter, leave = Actor.__aenter__, Actor.__aexit__
+
+    async def entering(actor: Actor) -> Actor:
+        await enter(actor)
+        entered.append(actor)
+        return actor
+
+    async def leaving(actor: Actor, *error: Any) -> bool | None:
+        left.append(actor)
+        return await leave(actor, *error)
+
+    async with aionpredis.connect(url) as client:
+        with anyio.CancelScope() as scope:
+
+            async def check(replicas: Replicas, shards: object) -> None:
+                nonlocal checks
+                checks += 1
+                if checks == 3:
+                    if how == "fails":
+                        raise ConnectError("no replica")
+                    scope.cancel()
+                await anyio.lowlevel.checkpoint()
+
+            monkeypatch.setattr(Actor, "__aenter__", entering)
+            monkeypatch.setattr(Actor, "__aexit__", leaving)
+            monkeypatch.setattr(Replicas, "check", check)
+            try:
+                async with replay_of(client, replicas=1).vector_actor(4):
+                    pytest.fail("it was opened")
+            except ConnectError:
+                assert how == "fails"
+        assert scope.cancelled_caught is (how == "is cancelled")
+        assert len(entered) == 2
+        assert left == entered[::-1]
+        await client.execute("PING")
 
 
 @pytest.mark.parametrize("kind", ["valkey", "redis"])

@@ -47,9 +47,10 @@ class VectorActor:
         return ActorStats(*map(sum, zip(*(astuple(actor.stats) for actor in self.actors), strict=True)))
 
     async def __aenter__(self) -> VectorActor:
-        await self._stack.__aenter__()
-        for actor in self.actors:
-            await self._stack.enter_async_context(actor)
+        async with AsyncExitStack() as stack:  # of the lanes that were opened, if one cannot be
+            for actor in self.actors:
+                await stack.enter_async_context(actor)
+            self._stack = stack.pop_all()
         return self
 
     async def __aexit__(
