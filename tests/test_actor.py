@@ -20,7 +20,7 @@ import pytest
 import redis
 
 import aionpredis
-from aionpredis import Actor, Client, ReplayGone, RunEnded, Schema, SchemaMismatch, Server, ServerError, UsageError
+from aionpredis import Actor, Client, ReplayGone, Run, RunEnded, Schema, SchemaMismatch, Server, ServerError, UsageError
 from aionpredis.errors import ConnectError
 from aionpredis.replay.actor import MAX_BUFFERS
 from aionpredis.replicas import Replicas
@@ -28,6 +28,7 @@ from aionpredis.replicas import Replicas
 from .proxy import Faults, Proxy
 from .replays import (
     LEASE,
+    SCHEMA,
     data_keys,
     fill,
     kept_keys,
@@ -466,6 +467,34 @@ async def test_lanes_join_the_same_run_again_after_an_error_of_one(url: str, sto
             # Of those before, the lane that had met no error yet may have committed some.
             found = [uid async for batch in await replay_of(client).epoch(run) for uid in batch["uid"]]
             assert sorted(uid for uid in found if uid >= 2) == [2] * 8 + [3] * 8
+
+
+async def test_lanes_that_join_while_a_run_takes_the_number_of_a_lost_one_go_to_the_same(
+    url: str, stock: redis.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with aionpredis.connect(url) as client:
+        replay = replay_of(client)
+        lost = await replay.begin_run()
+        async with replay.vector_actor(3) as lanes:
+            join = lanes.actors[1].join
+
+            async def join_later() -> Run:  # than the first
+                assert lanes.actors[0].run == lost
+                monkeypatch.setattr(lanes.actors[1], "join", join)
+                begin: Any = {"begin": "other", "policy": "0", "schema": SCHEMA.digest}
+                stock.delete("{r}:log")
+                stock.xadd("{r}:log", begin, id=f"{lost.run}-0")
+                return await join()
+
+            monkeypatch.setattr(lanes.actors[1], "join", join_later)
+            with anyio.fail_after(10):
+                run = await lanes.join()
+            assert (run.run, run.token) == (lost.run, b"other")
+            assert all(actor.run == run for actor in lanes.actors)
+            row = {"state": np.zeros((3, 3), np.uint8), "uid": np.arange(3), "terminated": np.zeros(3, bool)}
+            await lanes.append(**row)
+            await lanes.flush()
+        assert await replay.count(run) == 3
 
 
 @pytest.mark.parametrize("how", ["fails", "is cancelled"])

@@ -61,19 +61,21 @@ class VectorActor:
     async def join(self) -> Begin:
         """Go with all lanes to the newest run; after an error of some lanes, with those. Otherwise as :meth:`Actor.join`."""
         appending = [actor for actor in self.actors if actor.run is not None]
-        if len(appending) < len(self.actors):
+        if self.run is None:
             for actor in appending:
                 with suppress(AionpredisError):  # it has met that error, too, and not told yet
                     await actor.flush()
         goes_on = {actor for actor in appending if actor.run is not None} if self.run is None else set()
+        last: Begin | None = None
         for actor in self.actors:
             if actor not in goes_on:
-                await actor.join()
+                last = await actor.join()
         while self.run is None:  # one has begun meanwhile
             newest = max(actor.run.run for actor in self.actors if actor.run is not None)
-            for actor in self.actors:
-                if actor.run is None or actor.run.run < newest:
-                    await actor.join()
+            behind = [actor for actor in self.actors if actor.run is None or actor.run.run < newest]
+            # Or a failover has lost a run, and another one has taken its number.
+            behind = behind or [actor for actor in self.actors if actor.run != last]
+            last = await behind[0].join()
         return self.run
 
     def rows(self, values: Mapping[str, Any], where: Where) -> Iterator[tuple[Actor, dict[str, Any]]]:
