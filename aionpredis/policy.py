@@ -26,6 +26,7 @@ from aionpredis.requests import IN_THREAD, copied_bytes, encode_record, nbytes, 
 
 if TYPE_CHECKING:
     from aionpredis.client import Client
+    from aionpredis.wire.connection import Connection
 
 __all__ = ["Announced", "Policy", "PolicyVersion", "PolicyWatch", "parse_announcement", "stream_of"]
 
@@ -297,12 +298,32 @@ class Policy:
         return int(sum(lengths)) * MAX_RATIO  # they may be compressed
 
     async def delete(self) -> int:
-        """Delete all versions; how many keys these were. Who publishes afterwards begins with version 1 again."""
-        versions = await streams.page(self._client, self._stream, "-", "+")
-        keys = self._keys([*versions, *self._published])
-        deleted = await self._client.count_keys("UNLINK", [*keys, self._stream], repeatable=True)
-        self._published.clear()
-        return deleted
+        """Delete all versions; how many keys these were. Who publishes afterwards begins with version 1 again.
+
+        The weights first, and the stream when it is empty: after a crash, or if somebody publishes meanwhile, none is unnamed.
+        """
+        client, stream = self._client, self._stream
+        published = tuple(self._published)
+        deleted = await client.count_keys("UNLINK", self._keys(published), repeatable=True)
+        removed: int | None = None
+        while removed is None:
+            while entries := await streams.page(client, stream, "-", "+"):
+                deleted += await client.count_keys("UNLINK", self._keys(entries), repeatable=True)
+                left, right = entries[-1][0]
+                await client.call("XTRIM", stream, "MINID", f"{left}-{right + 1}", repeatable=True)
+            removed = await streams.alone(client, stream, self._remove_empty)
+        self._published = [entry for entry in self._published if entry not in published]
+        return deleted + removed
+
+    async def _remove_empty(self, connection: Connection) -> int | None:
+        """Remove the stream; ``None``: somebody has published meanwhile. Otherwise how many keys that were."""
+        stream = self._stream
+        _, left = await streams.ask(connection, ("WATCH", stream), ("XRANGE", stream, "-", "+", "COUNT", 1))
+        if left:
+            await streams.ask(connection, ("UNWATCH",))
+            return None
+        _, _, removed = await streams.ask(connection, ("MULTI",), ("UNLINK", stream), ("EXEC",))
+        return None if removed is None else int(removed[0])
 
     def watch(self, after: int = 0) -> PolicyWatch:
         """``async for version, weights in policy.watch():`` each time the newest version to date, as it appears.

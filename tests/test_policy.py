@@ -23,6 +23,7 @@ import aionpredis
 from aionpredis import CorruptValue, EncodeError, Policy, UsageError, streams
 from aionpredis import policy as policy_module
 from aionpredis.server import Server
+from aionpredis.wire.connection import Connection
 
 from . import strategies
 from .replays import kill_connections
@@ -430,6 +431,47 @@ async def test_deleting_a_version_deletes_all_its_parts(url: str, stock: redis.R
         assert len(policy_keys(stock)) == 6 + 2  # weights() are 28 bytes: w in 2 pieces, b with the second
         assert unnamed(stock) == []
         await policy.delete()
+        assert stock.keys() == []
+
+
+@pytest.mark.parametrize("moment", ["the first page was read", "all was read", "the stream was seen to be empty"])
+async def test_weights_that_are_published_while_a_policy_is_deleted_do_not_stay(
+    url: str, stock: redis.Redis, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    page, ask = streams.page, streams.ask
+    async with aionpredis.connect(url) as client, aionpredis.connect(url) as other:
+        policy, publisher = client.policy("p"), other.policy("p")
+        await publisher.publish(weights(1))
+        published: list[int] = []
+
+        async def publish(now: str) -> None:
+            if now == moment and not published:
+                published.append(0)
+                published[0] = await publisher.publish(weights(2))
+
+        async def reading(*args: Any, **options: Any) -> list[streams.Entry]:
+            entries = await page(*args, **options)
+            await publish("the first page was read" if entries else "all was read")
+            return entries
+
+        async def asking(connection: Connection, *commands: Any) -> list[Any]:
+            if commands[0][0] == "MULTI":
+                await publish("the stream was seen to be empty")
+            return await ask(connection, *commands)
+
+        monkeypatch.setattr(streams, "page", reading)
+        monkeypatch.setattr(streams, "ask", asking)
+        assert await policy.delete() == 3
+        assert published == [2]
+        assert stock.keys() == []
+        assert await publisher.publish(weights(3)) == 1
+        assert await policy.delete() == 2
+        assert stock.keys() == []
+
+
+async def test_policy_that_is_not_there_is_deleted(url: str, stock: redis.Redis) -> None:
+    async with aionpredis.connect(url) as client:
+        assert await client.policy("p").delete() == 0
         assert stock.keys() == []
 
 
