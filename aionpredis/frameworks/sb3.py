@@ -114,9 +114,10 @@ class SharedReplayBuffer(ReplayBuffer):
             self._samplers[batch_size] = sampler = self._sampler(batch_size)
         batch = sampler.sample()
         discount = batch["discount"].reshape(-1, 1)
+        action = self._of_model(batch["action"]).reshape(-1, self.action_dim)
         data = (
             self._normalize_obs(batch["observation"].reshape(-1, *self.obs_shape), env),
-            self._of_model(batch["action"]).reshape(-1, self.action_dim),
+            action.astype(self._maybe_cast_dtype(self.action_space.dtype), copy=False),  # float64 is not the model's
             self._normalize_obs(batch["next_observation"].reshape(-1, *self.obs_shape), env),
             (discount == 0).astype(np.float32),
             self._normalize_reward(batch["return"].reshape(-1, 1), env),

@@ -200,6 +200,25 @@ def test_an_observation_of_nan_is_no_reset(url: str) -> None:
         assert actor.stats.chunks == 2
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_actions_are_of_the_models_dtype_whatever_the_environments_is(url: str, dtype: str) -> None:
+    env = gymnasium.make("Pendulum-v1")
+    space = env.action_space
+    env.action_space = gymnasium.spaces.Box(space.low.astype(dtype), space.high.astype(dtype), dtype=np.dtype(dtype))
+    with blocking.connect(url) as client:
+        replay = client.replay("pendulum", schema_of(env), chunk=4)
+        replay.begin_run()
+        with replay.vector_actor(1) as actor:
+            actor.join()
+            model = sb3.TD3("MlpPolicy", env, buffer_size=1, learning_starts=20, batch_size=8)
+            model.replay_buffer = buffer = SharedReplayBuffer(model, replay, actor)
+            model.learn(40)
+            assert replay.schema["action"][0] == dtype
+            actions = buffer.sample(8).actions
+    assert actions.dtype == torch.float32
+    assert actions.abs().max() <= 1
+
+
 class Picture(gymnasium.Env):
     """The same image all the time, with the channels last."""
 
