@@ -814,6 +814,17 @@ async def test_folder_that_is_none_is_a_clear_error(url: str, stock: redis.Redis
         assert stock.dbsize() == 0
 
 
+@anyio_test
+@pytest.mark.parametrize("keep", [0, -1, 2.5, True, "3", None])
+async def test_keep_that_is_no_number_of_runs_is_refused_before_the_folder_is_read(
+    url: str, stock: redis.Redis, tmp_path: Path, keep: Any
+) -> None:
+    async with aionpredis.connect(url) as client:
+        with pytest.raises(UsageError, match="keep is a positive number of runs"):
+            await replay_of(client).restore(tmp_path / "nothing", keep=keep)
+        assert stock.dbsize() == 0
+
+
 @pytest.mark.parametrize("as_json", [True, False])
 def test_commands_save_and_restore_without_knowing_the_columns(
     url: str, stock: redis.Redis, tmp_path: Path, as_json: bool

@@ -541,6 +541,7 @@ class Replay:
             NotReplicated: fewer replicas than the replay wants have acknowledged it.
             RunConflict, ReplayError: as for :meth:`begin_run`.
         """
+        _check_count("keep", keep, "runs")
         saved = await checkpoint.look_through(Path(folder), self.name, self.schema)
         async with AsyncExitStack() as stack:
             sender = self._client
