@@ -722,6 +722,14 @@ def remove(name: str) -> Callable[[Path], None]:
     return lambda folder: (folder / name).unlink()
 
 
+def make_folder(name: str) -> Callable[[Path], None]:
+    def replace_it(folder: Path) -> None:
+        (folder / name).unlink()
+        (folder / name).mkdir()
+
+    return replace_it
+
+
 def cut(name: str, size: int) -> Callable[[Path], None]:
     return lambda folder: os.truncate(folder / name, size)
 
@@ -762,6 +770,9 @@ BUNDLE = "transitions-00001.safetensors"
         (remove("replay.json"), UsageError, "replay.json is missing"),
         (remove(BUNDLE), UsageError, f"{BUNDLE} is missing"),
         (remove("policy.safetensors"), UsageError, "policy.safetensors is missing"),
+        (make_folder("replay.json"), UsageError, "replay.json is a folder"),
+        (make_folder(BUNDLE), UsageError, f"{BUNDLE} is a folder"),
+        (make_folder("policy.safetensors"), UsageError, "policy.safetensors is a folder"),
         (cut(BUNDLE, 600), CorruptValue, BUNDLE),
         (cut(BUNDLE, 100), CorruptValue, BUNDLE),
         (cut(BUNDLE, 5), CorruptValue, BUNDLE),

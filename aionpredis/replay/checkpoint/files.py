@@ -117,6 +117,8 @@ def opened(path: Path) -> io.BufferedReader:
         return path.open("rb")
     except (FileNotFoundError, NotADirectoryError):
         raise UsageError(f"{path} is missing") from None
+    except IsADirectoryError:
+        raise UsageError(f"{path} is a folder, not a file") from None
 
 
 def _sync_folder(folder: Path) -> None:
