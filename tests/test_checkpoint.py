@@ -752,12 +752,26 @@ def other_bundle(folder: Path) -> None:
     (folder / "transitions-00001.safetensors").write_bytes((folder / "policy.safetensors").read_bytes())
 
 
-def other_sum(folder: Path) -> None:
-    path = folder / "transitions-00001.safetensors"
-    text = path.read_bytes()
-    header = json.loads(text[8 : 8 + int.from_bytes(text[:8], "little")])
-    at = 8 + int.from_bytes(text[:8], "little") + header["log.rows"]["data_offsets"][0]
-    path.write_bytes(text[:at] + b"\x09" + text[at + 1 :])
+def other_first(column: str, change: Callable[[int], int]) -> Callable[[Path], None]:
+    """The first byte of the column is another one."""
+
+    def edit(folder: Path) -> None:
+        path = folder / "transitions-00001.safetensors"
+        text = bytearray(path.read_bytes())
+        header = json.loads(text[8 : 8 + int.from_bytes(text[:8], "little")])
+        at = 8 + int.from_bytes(text[:8], "little") + header[column]["data_offsets"][0]
+        text[at] = change(text[at])
+        path.write_bytes(text)
+
+    return edit
+
+
+def same_bundle(folder: Path) -> None:
+    first, second = (folder / f"transitions-0000{number}.safetensors" for number in (0, 1))
+    facts = json.loads((folder / "replay.json").read_text())
+    facts["transitions"] += facts["bundles"][0]["transitions"] - facts["bundles"][1]["transitions"]
+    (folder / "replay.json").write_text(json.dumps(facts))
+    second.write_bytes(first.read_bytes())
 
 
 BUNDLE = "transitions-00001.safetensors"
@@ -781,7 +795,9 @@ BUNDLE = "transitions-00001.safetensors"
         (cut("replay.json", 100), CorruptValue, "replay.json"),
         (lengthen, CorruptValue, BUNDLE),
         (other_bundle, CorruptValue, BUNDLE),
-        (other_sum, CorruptValue, "add up"),
+        (other_first("log.rows", lambda rows: 9), CorruptValue, "add up"),
+        (other_first("log.seq", lambda seq: seq ^ 1), CorruptValue, "is there twice"),
+        (same_bundle, CorruptValue, "is there twice"),
         (replace(BUNDLE, b'"uid"', b'"uie"'), CorruptValue, BUNDLE),
         (replace(BUNDLE, b'"log.seq"', b'"lag.seq"'), CorruptValue, "log.seq"),
         (replace(BUNDLE, b"{", b"["), CorruptValue, BUNDLE),

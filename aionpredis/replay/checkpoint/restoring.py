@@ -67,6 +67,12 @@ class Saved:
             raise CorruptValue(
                 f"{folder}: there are {self.transitions:,} transitions, replay.json says {facts['transitions']:,}"
             )
+        found: set[tuple[bytes, int]] = set()  # of two with one name, the server would take one
+        for file in self._files:
+            for chunk in file.chunks:
+                if chunk[:2] in found:
+                    raise CorruptValue(f"{file.path}: chunk {chunk.seq} of {chunk.incarnation.hex()} is there twice")
+                found.add(chunk[:2])
 
     async def write(
         self,
