@@ -331,6 +331,28 @@ async def test_a_wrong_shard_is_a_usage_error(url: str, shard: tuple[int, int]) 
             await replay.epoch(shard=shard)
 
 
+async def test_dropping_a_run_deletes_a_commit_that_stands_where_its_lost_beginning_stood(
+    url: str, stock: redis.Redis
+) -> None:
+    async with aionpredis.connect(url) as client:
+        replay = replay_of(client)
+        first = await replay.begin_run()
+        run = await replay.begin_run(keep=5)
+        async with replay.actor() as actor:
+            await actor.join()
+            begin: Any = {"begin": first.token, "policy": "0", "schema": first.schema}
+            stock.delete("{r}:log")  # as a failover does
+            stock.xadd("{r}:log", begin, id=f"{first.run}-0")
+            await fill(actor, range(12))
+            await actor.flush()
+        assert stock.xrange("{r}:log", f"{run.run}-0", f"{run.run}-0")
+        await replay.begin_run(keep=5)
+        assert await replay.drop(run) == 3
+        assert data_keys(stock) == set()
+        assert stock.xrange("{r}:log", f"{run.run}-0", f"{run.run}-99") == []
+        assert await replay.drop(run) == 0
+
+
 async def test_dropping_a_run_deletes_it_and_no_other(url: str, stock: redis.Redis) -> None:
     async with aionpredis.connect(url) as client:
         replay = replay_of(client)

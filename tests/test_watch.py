@@ -166,6 +166,27 @@ async def test_new_runs_older_ones_and_the_deleted_replay(url: str) -> None:
         assert (await observer.look()).run is not None
 
 
+async def test_a_run_whose_beginning_a_failover_has_lost_is_not_shown(url: str, stock: redis.Redis) -> None:
+    async with observed(url) as (client, observer):
+        replay = replay_of(client)
+        first = await replay.begin_run()
+        lost = await replay.begin_run(keep=5)
+        async with replay.actor() as actor:
+            await actor.join()
+            begin: Any = {"begin": first.token, "policy": "0", "schema": first.schema}
+            stock.delete("{r}:log")
+            stock.xadd("{r}:log", begin, id=f"{first.run}-0")
+            await fill(actor, range(12))  # the first of them stands where the run began
+            await actor.flush()
+        assert (await observer.look()).run is None
+        newest = await replay.begin_run(keep=5)
+        assert newest.run == lost.run + 1
+        view = await observer.look()
+        assert view.run is not None
+        assert view.run.run == newest.run
+        assert [older.run for older in view.older] == [first.run]
+
+
 async def test_beginning_a_run_forgets_the_names_of_actors_that_are_gone(url: str) -> None:
     async with aionpredis.connect(url) as client:
         replay = replay_of(client)

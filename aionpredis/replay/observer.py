@@ -18,7 +18,7 @@ from aionpredis import info, streams
 from aionpredis.errors import ServerError
 from aionpredis.policy import stream_of
 from aionpredis.replay import lag, runs
-from aionpredis.replay.log import Begin, ChunkId, LogReader, Names, parse_begin
+from aionpredis.replay.log import FIELD, Begin, ChunkId, LogReader, Names, parse_begin
 
 if TYPE_CHECKING:
     from aionpredis.client import Client
@@ -294,7 +294,7 @@ class Observer:
                 break
             run = int(entries[0][0].partition(b"-")[0])
             begun = await streams.page(self._client, log, f"{run}-0", f"{run}-0")
-            if not begun:  # its deletion is under way
+            if not begun or FIELD in begun[0][1]:  # its deletion is under way; or see runs.latest()
                 continue
             begin = parse_begin(self._names, run, begun[0][1])
             tally = self._older.get((run, begin.token))

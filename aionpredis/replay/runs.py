@@ -200,6 +200,8 @@ async def delete(client: Client, names: Names, *, progress: Callable[[int], None
 async def drop(client: Client, names: Names, run: int) -> int:
     """Delete one run: its data, then the entries that name it, then the one that begins it; how many chunks."""
     deleted = await evict(client, names, run, streams.RIGHT_MAX, ended=True)
+    beginning = await streams.page(client, names.log, f"{run}-0", f"{run}-0")
+    deleted += await unlink(client, _data(names, beginning))  # a commit, if a failover has lost the beginning
     await client.call("XDEL", names.log, f"{run}-0", repeatable=True)
     await unlink_again(client)
     return deleted
