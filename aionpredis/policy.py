@@ -188,6 +188,11 @@ class Policy:
         await self._delete_lost()
         return version
 
+    async def _withdraw(self, version: int) -> None:
+        """Delete the weights of a version that was published here: readers pass over it, and find the one before it."""
+        mine = [entry for entry in self._published if entry[0] == (version, 0)]
+        await self._client.count_keys("UNLINK", self._keys(mine), repeatable=True)
+
     async def _persist(self, keys: list[str]) -> bool:
         """Let these live for ever; whether all of them do."""
         # a repeated PERSIST says 0, too

@@ -136,6 +136,36 @@ async def test_of_trainers_at_the_same_moment_exactly_one_begins(
         assert await runs.latest(a, NAMES) in results
 
 
+@pytest.mark.parametrize("how", ["conflict", "deleted"])
+async def test_weights_of_a_run_that_another_trainer_began_do_not_stay_the_newest(
+    url: str, stock: redis.Redis, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    claim = streams.claim
+
+    async def too_late(client: Client, stream: str, left: int, *arguments: Any, **options: Any) -> bool | None:
+        if stream == NAMES.log and how == "conflict":
+            stock.xadd("{r}:log", {"begin": "other", "policy": "2", "schema": SCHEMA.digest}, id=f"{left}-0")
+        elif stream == NAMES.log:
+            stock.delete("{r}:log")
+        return await claim(client, stream, left, *arguments, **options)
+
+    async with aionpredis.connect(url) as client:
+        replay = replay_of(client)
+        await replay.begin_run({"w": np.full(2, 1.0)})
+        assert await replay.policy.publish({"w": np.full(2, 2.0)}) == 2  # the other trainer's
+        monkeypatch.setattr(streams, "claim", too_late)
+        with pytest.raises(RunConflict if how == "conflict" else ReplayGone):
+            await replay.begin_run({"w": np.full(2, 3.0)})
+        monkeypatch.undo()
+        latest = await replay_of(client).policy.latest()
+        assert latest is not None
+        assert (latest.version, latest.weights["w"].tolist()) == (2, [2, 2])
+        assert len(stock.keys("r:policy:*")) == 2
+        if how == "conflict":
+            run = await replay.begin_run({"w": np.full(2, 4.0)})
+            assert run.policy == 4
+
+
 @pytest.mark.parametrize("number", [1, 2**52])
 async def test_first_run_with_another_number_is_a_conflict(url: str, stock: redis.Redis, number: int) -> None:
     """Two trainers find no log in different microseconds: NOMKSTREAM and ids alone would let both begin."""

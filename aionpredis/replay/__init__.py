@@ -12,13 +12,13 @@ import math
 import operator
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from aionpredis.errors import ReplayGone, ServerFull, UsageError
+from aionpredis.errors import AionpredisError, ReplayGone, RunConflict, ServerFull, UsageError
 from aionpredis.memory import Empty, aligned_empty
 from aionpredis.names import check_name
 from aionpredis.policy import Policy
@@ -160,8 +160,8 @@ class Replay:
         before, and of the next, until there is room.
 
         Raises:
-            RunConflict: another trainer began this run.
-            ReplayGone: the replay was deleted meanwhile.
+            RunConflict: another trainer began this run. ``weights`` were published, and are deleted again.
+            ReplayGone: the replay was deleted meanwhile. ``weights`` as before.
             ReplayError: the server may evict keys by itself.
             ServerFull: no memory is left for the log or the policy, and no run to delete.
         """
@@ -185,6 +185,11 @@ class Replay:
             except ServerFull:  # for SET and XADD; UNLINK is not refused
                 if not await runs.delete_oldest(self._client, self._names):
                     raise
+            except (RunConflict, ReplayGone):
+                if version:
+                    with suppress(AionpredisError):
+                        await self.policy._withdraw(version)
+                raise
         self._beginning = runs.Beginning(self._client, self._names, run)
         await self.delete_runs_before(max(1, run.run - keep + 1))
         return run
