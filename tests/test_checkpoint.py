@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import struct
+import sys
 import threading
 import weakref
 from collections.abc import Awaitable, Callable
@@ -26,7 +27,8 @@ from safetensors.numpy import load_file
 
 import aionpredis
 from aionpredis import Client, CorruptValue, Replay, ReplayGone, Run, RunEnded, Schema, SchemaMismatch, UsageError
-from aionpredis.errors import ServerFull
+from aionpredis.errors import EncodeError, ServerFull
+from aionpredis.formats import safetensors
 from aionpredis.replay.checkpoint import files, load_extra, restoring, saving
 from aionpredis.replay.log import LogReader
 
@@ -230,6 +232,30 @@ async def test_columns_without_bytes_of_bfloat16_and_scalars(url: str, stock: re
         assert batch["b"].dtype == ml_dtypes.bfloat16
         assert batch["b"][:, 1, 0].astype(int).tolist() == list(range(20))
         assert np.flatnonzero(batch["truncated"]).tolist() == [9]
+
+
+@anyio_test
+async def test_bfloat16_on_a_host_without_ml_dtypes_is_an_error_that_says_what_to_install(
+    url: str, stock: redis.Redis, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with aionpredis.connect(url) as client:
+        replay = client.replay("r", Schema(b=(ml_dtypes.bfloat16, (2,))))
+        await replay.begin_run()
+        async with replay.actor() as actor:
+            await actor.join()
+            await actor.append(b=np.zeros(2, ml_dtypes.bfloat16))
+        await replay.save(tmp_path / "saved")
+        monkeypatch.setitem(sys.modules, "ml_dtypes", None)
+        safetensors._parsed.clear()
+        try:
+            with pytest.raises(EncodeError, match=r"'b' is of bfloat16 .* ml_dtypes: install"):
+                await saving.save_any(client, "r", tmp_path / "other", None, None)
+            with pytest.raises(EncodeError, match=r"'b' is of bfloat16 .* ml_dtypes: install"):
+                await restoring.restore_any(client, tmp_path / "saved", "other", 1, None)
+        finally:
+            safetensors._parsed.clear()
+        assert not (tmp_path / "other").exists()
+        assert not stock.exists("{other}:log")
 
 
 @anyio_test

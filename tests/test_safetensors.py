@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from safetensors import deserialize
 
+from aionpredis import Schema
 from aionpredis.errors import CorruptValue, DecodeError, EncodeError, UsageError
 from aionpredis.formats import safetensors
 
@@ -168,7 +169,9 @@ def test_a_record_that_is_no_mapping_is_refused(record: Any) -> None:
         safetensors.encode(record)
 
 
-def test_without_ml_dtypes_a_bfloat16_column_is_a_structure(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_ml_dtypes_a_bfloat16_column_is_a_structure_that_is_not_written(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     value = writable(file_of({"x": np.ones(3, ml_dtypes.bfloat16), "y": np.ones(3, ml_dtypes.float8_e5m2)}))
     monkeypatch.setitem(sys.modules, "ml_dtypes", None)
     safetensors._parsed.clear()
@@ -176,6 +179,11 @@ def test_without_ml_dtypes_a_bfloat16_column_is_a_structure(monkeypatch: pytest.
         record = safetensors.decode(value)
         assert record["x"].dtype == [("bfloat16", "<u2")]
         assert record["y"].dtype == [("float8_e5m2", "u1")]
+        for name, says in (("x", r"'x' is of bfloat16 .* install"), ("y", r"'y' is of float8_e5m2 .* install")):
+            with pytest.raises(EncodeError, match=says):
+                safetensors.encode({name: record[name]})
+            with pytest.raises(EncodeError, match=says):
+                Schema(**{name: record[name].dtype})
     finally:
         safetensors._parsed.clear()
 

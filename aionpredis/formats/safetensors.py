@@ -140,6 +140,11 @@ def _make(spec: _Spec, header_size: int | None) -> Layout:
         if not isinstance(name, str) or name == METADATA:
             raise EncodeError(f"a column's name is a str other than {METADATA!r}, not {reprlib.repr(name)}")
         if _code(dtype) is None:
+            if dtype.names is not None and len(dtype.names) == 1 and dtype.names[0] in _ML_CODES:
+                raise EncodeError(
+                    f"column {name!r} is of {dtype.names[0]} as it is without the package ml_dtypes: install that, or"
+                    f" .view(ml_dtypes.{dtype.names[0]}) if it was installed since"
+                )
             raise EncodeError(
                 f"column {name!r}: a record cannot hold dtype {dtype}, only {', '.join(_KNOWN)}: convert it with"
                 " .astype(...), or store the array under a key of its own"
