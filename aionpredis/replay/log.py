@@ -388,7 +388,7 @@ class LogReader:
 
     @property
     def gaps(self) -> int:
-        """Chunks that were numbered and are not in the log (yet)."""
+        """Chunks that were numbered and are not in the log (yet), and numbers that were left out."""
         return sum(seen.gaps for seen in self._seen.values())
 
 

@@ -56,7 +56,9 @@ class Position(NamedTuple):
 class ReadStats:
     """What one reader has met. ``transitions``: handed out; ``chunks``: received; ``duplicates``: log entries of chunks
     that were read before, skipped; ``evicted``: chunks whose log entry went, too, before they were read; ``missing``:
-    chunks that the log names and the server does not have; ``gaps``: chunks that were numbered and never committed.
+    chunks that the log names and the server does not have; ``gaps``: chunks that were numbered and never committed,
+    and numbers that no chunk has: an actor leaves out one when it goes on in a run after an error, and Stable-Baselines3's
+    at a reset, so that no trajectory leads across.
     """
 
     transitions: int = 0
