@@ -589,16 +589,18 @@ async def test_actor_whose_client_was_closed_says_so_and_ends(url: str) -> None:
 
 
 @pytest.mark.parametrize("count", [2, 3, 4, 5, 9])
-async def test_an_actor_whose_client_was_closed_says_so_at_every_call(url: str, count: int) -> None:
+async def test_an_actor_whose_client_was_closed_says_so_at_every_call(url: str, stock: redis.Redis, count: int) -> None:
     """Whether a chunk of 4 is on its way or none: what was given up must not look flushed."""
     async with AsyncExitStack() as stack:
         client = await stack.enter_async_context(aionpredis.connect(url))
         replay = replay_of(client)
         await replay.begin_run()
-        with anyio.fail_after(5), pytest.raises(UsageError, match="not open"):
+        with anyio.fail_after(20), pytest.raises(UsageError, match="not open"):
             async with replay.actor() as actor:
                 await actor.join()
+                pause(stock, 200)
                 await fill(actor, range(count))
+                await anyio.wait_all_tasks_blocked()
                 await stack.aclose()
                 for call in (actor.flush, actor.flush, actor.join, lambda: fill(actor, range(4))):
                     with pytest.raises(UsageError, match="not open"):

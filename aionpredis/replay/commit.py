@@ -357,9 +357,11 @@ class Committer:
                 await anyio.sleep(lane.full.after(error))
             except (ConnectionLost, ConnectError, ServerUnavailable) as error:
                 self._counters.repeated += sum(len(one.commits) for one in lane.rounds)
-                self._start_again(lane)
                 try:
+                    self._start_again(lane)
                     pause = lane.retry.after(error, asked)
+                except UsageError as closed:
+                    self._fail(closed)
                 except AionpredisError:
                     self._fail(error)
                 else:
@@ -405,9 +407,10 @@ class Committer:
         What may be in the log is not set before it is known to be gone. It may be deleted, and a SET whose reply is lost,
         too, could not be told from the first one.
         """
+        log = self._client.topology.shard(self._log)  # first: the client may be closed
         commits = lane.commits
         self._clear(lane)
-        if lane.shard is self._client.topology.shard(self._log):
+        if lane.shard is log:
             for other in self._lanes.values():
                 # Their entries may be lost with the server.
                 commits += [commit for commit in other.backlog if commit.step in _LOGGED]
