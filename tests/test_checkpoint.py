@@ -355,7 +355,7 @@ async def test_chunks_that_are_gone_are_left_out_and_counted(
         assert (facts["evicted"], facts["missing"], facts["transitions"]) == (2, 1, saved)
         kept = [chunk for index, chunk in enumerate(chunks) if index not in (0, 2, 5)]
         restored = await replay_of(client, name="other").restore(tmp_path / "saved")
-        assert chunks_of(stock, restored.run, "other") == kept
+        assert renamed(chunks_of(stock, restored.run, "other")) == renamed(kept)
 
 
 @anyio_test
@@ -666,7 +666,11 @@ async def test_broken_connections_lose_and_double_nothing(
         assert await replay_of(client).save(tmp_path / "saved", progress=kill) == 1000
         run = await replay_of(client, name="other").restore(tmp_path / "saved", progress=kill)
         assert calls > 14
-        assert sorted(set(chunks_of(stock, run.run, "other"))) == sorted(chunks_of(stock, old.run))
+        restored, original = (
+            renamed(sorted(chunks, key=lambda chunk: chunk[1:]))
+            for chunks in (set(chunks_of(stock, run.run, "other")), chunks_of(stock, old.run))
+        )
+        assert restored == original
         assert sorted(await uids(await replay_of(client, name="other").epoch())) == list(range(1000))
 
 
@@ -903,7 +907,7 @@ def test_commands_save_and_restore_without_knowing_the_columns(
     assert (said["transitions"] == 30) if as_json else ("30 transitions" in said)
     entries: Any = stock.xrange("{other}:log")
     run = int(entries[0][0].split(b"-")[0])
-    assert chunks_of(stock, run, "other") == chunks_of(stock, old.run)
+    assert renamed(chunks_of(stock, run, "other")) == renamed(chunks_of(stock, old.run))
     command("save", "r", folder, "--url", url, code=2)
     command("save", "nothing", str(tmp_path / "x"), "--url", url, code=1)
     command("restore", str(tmp_path / "x"), "--url", url, code=2)
