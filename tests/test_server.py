@@ -621,7 +621,8 @@ def test_a_forked_child_does_not_wait_for_a_thread_that_it_does_not_have() -> No
     """Which was starting the server when it was forked."""
     parent = Parent(
         """
-        import threading, redis
+        import threading, warnings, redis
+        warnings.filterwarnings("ignore", ".*fork", DeprecationWarning)  # of 3.12: that there are threads is the point
         server.stop()
         begun, ends = threading.Event(), threading.Event()
         def starting():
