@@ -714,17 +714,15 @@ class Client:
         only one, if it is not repeatable.
         """
         given = retry
-        asked: Connection | None
         try:
             while True:
                 buffers, reply = make()
                 try:
-                    asked = connection = await self.connection(key, immutable=immutable)
+                    connection = await self.connection(key, immutable=immutable)
                     if not repeatable:
                         connection.check()  # once it is sent, a broken connection leaves the outcome unknown
                     await connection.wait(connection.submit(buffers, reply), eager=True)
                     if reply.redirected:
-                        asked = None  # what refuses now is another server
                         await self.topology.follow(buffers, reply)
                 except (ConnectionLost, ConnectError) as error:
                     if reply.sent and not repeatable:
@@ -742,7 +740,7 @@ class Client:
                         return reply
                     retry = retry or Retry(self.faults)
                     try:
-                        pause = retry.after(reply.refusal, asked)
+                        pause = retry.after(reply.refusal, connection)
                     except ServerUnavailable:
                         return reply  # who looks at its values raises it
                 await anyio.sleep(pause)

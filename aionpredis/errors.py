@@ -217,8 +217,10 @@ class ServerFull(ServerError):
 class ServerUnavailable(ServerError):
     """The server did nothing, for a reason that may pass: it loads its data (LOADING), is a replica (READONLY, MASTERDOWN,
     NOREPLICAS, UNBLOCKED), runs a script (BUSY), or its cluster moves slots (TRYAGAIN, CLUSTERDOWN). It was tried again for
-    ``retry_timeout`` seconds.
+    ``retry_timeout`` seconds. ``redirected``: another server had named it.
     """
+
+    redirected = False
 
     CODES = frozenset(
         ("LOADING", "READONLY", "MASTERDOWN", "NOREPLICAS", "UNBLOCKED", "BUSY", "TRYAGAIN", "CLUSTERDOWN")

@@ -155,12 +155,9 @@ class Lane:
                     self._connection = connection
                 self._submit()
                 batch = self.inflight[0]
-                asked: Connection | None = connection
                 if batch.reply is not None:
                     await connection.wait(batch.reply)
                     if batch.reply.redirected or self._astray:
-                        if batch.reply.redirected:
-                            asked = None  # what refuses now is another server
                         await self._follow(batch, batch.reply)
                 refusal = self._refusal(batch)
                 if refusal is None:
@@ -172,7 +169,7 @@ class Lane:
                     self._settle(self.inflight.popleft())
                     continue
                 try:
-                    pause = self._retry.after(refusal, asked)
+                    pause = self._retry.after(refusal, connection)
                 except ServerError:  # tried for long enough; what else the batch holds may be stored
                     self._settle(self.inflight.popleft())
                     continue

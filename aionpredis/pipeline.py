@@ -125,10 +125,8 @@ class Pipeline(Generic[T]):
                     assert oldest.connection is not None
                     if not oldest.reply.done:
                         self._attend_others(oldest.connection)
-                    asked: Connection | None = oldest.connection
                     await oldest.connection.wait(oldest.reply)
                     if oldest.reply.redirected:
-                        asked = None  # what refuses now is another server
                         reply, oldest.reply = oldest.reply, None  # asked for again if this fails
                         await self._client.topology.follow(oldest.buffers, reply)
                         oldest.reply = reply
@@ -139,7 +137,7 @@ class Pipeline(Generic[T]):
                         return self._pop(oldest, oldest.reply)
                     retry = retry or Retry(self._client.faults)
                     try:
-                        pause = retry.after(refusal, asked)
+                        pause = retry.after(refusal, oldest.connection)
                     except ServerUnavailable:
                         return self._pop(oldest, oldest.reply)  # who looks at its values raises it
                     oldest.reply = None

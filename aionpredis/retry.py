@@ -23,6 +23,7 @@ from aionpredis.errors import (
     ConnectionLost,
     ProtocolError,
     ServerError,
+    ServerUnavailable,
     Stalled,
     UsageError,
 )
@@ -145,8 +146,8 @@ class Retry:
         """Seconds to wait before the next attempt; raises a copy of ``error`` if there shall be none, or who was called gave
         up.
 
-        ``connection``: the one over which the server answered so, unless that was redirected to it. One that leads to a replica
-        is given up: another server may be reached under that address by now.
+        ``connection``: the one over which the server answered so, or redirected to who did. One that leads to a replica is
+        given up: another server may be reached under that address by now.
         """
         if error.given_up:
             raise error
@@ -157,7 +158,8 @@ class Retry:
         self.attempts += 1
         elapsed = now - self._began
         kind = faults.meets(error)
-        if kind in _ELSEWHERE and connection is not None:
+        redirected = isinstance(error, ServerUnavailable) and error.redirected
+        if kind in _ELSEWHERE and connection is not None and not redirected:
             connection.abort(ConnectionLost(_ELSEWHERE[kind]))
         is_final = isinstance(error, FINAL)
         if is_final or elapsed >= self._seconds - 1e-6:  # now - (now - x) may be less than x

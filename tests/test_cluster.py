@@ -156,12 +156,8 @@ async def test_a_slot_that_moves_is_followed(cluster: Cluster, moved: bool) -> N
         assert client.stats().errors == {}
 
 
-@pytest.mark.one_loop("what a server says is the same on all")
-@pytest.mark.parametrize("call", ["get", "mget", "put"])
-async def test_a_server_that_redirects_is_not_left_when_the_other_one_cannot_answer_yet(
-    cluster: Cluster, call: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    key = KEYS[0]
+def refuse_first(monkeypatch: pytest.MonkeyPatch) -> list[ServerUnavailable]:
+    """Have the first server that another one names refuse. Empty when it has."""
     refusals = [ServerUnavailable("CLUSTERDOWN The cluster is down")]
     ask = clusters.Cluster._ask
 
@@ -173,6 +169,16 @@ async def test_a_server_that_redirects_is_not_left_when_the_other_one_cannot_ans
             await ask(*arguments, asks=asks)
 
     monkeypatch.setattr(clusters.Cluster, "_ask", refuse)
+    return refusals
+
+
+@pytest.mark.one_loop("what a server says is the same on all")
+@pytest.mark.parametrize("call", ["get", "mget", "put"])
+async def test_a_server_that_redirects_is_not_left_when_the_other_one_cannot_answer_yet(
+    cluster: Cluster, call: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key = KEYS[0]
+    refusals = refuse_first(monkeypatch)
     async with aionpredis.connect(cluster.url) as client:
         await client.set(key, array(0))
         with migrating(cluster, key, moved=True):
@@ -192,16 +198,6 @@ async def test_a_server_that_redirects_is_not_left_when_the_other_one_cannot_ans
 async def test_an_actor_does_not_leave_a_server_that_redirects_when_the_other_one_cannot_answer_yet(
     cluster: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    refusals = [ServerUnavailable("CLUSTERDOWN The cluster is down")]
-    ask = clusters.Cluster._ask
-
-    async def refuse(*arguments: Any, asks: bool) -> None:
-        *_, reply = arguments
-        if refusals:
-            reply.values.append(refusals.pop())
-        else:
-            await ask(*arguments, asks=asks)
-
     async with aionpredis.connect(cluster.url) as client:
         replay = replay_of(client)
         run = await replay.begin_run()
@@ -209,7 +205,7 @@ async def test_an_actor_does_not_leave_a_server_that_redirects_when_the_other_on
             await actor.join()
             await fill_actor(actor, range(40))
             await actor.flush()
-            monkeypatch.setattr(clusters.Cluster, "_ask", refuse)
+            refusals = refuse_first(monkeypatch)
             with migrating(cluster, "{r}:log", moved=True):
                 connection = await client.connection(b"{r}:log")
                 await fill_actor(actor, range(40, 80))

@@ -304,7 +304,6 @@ class Committer:
                 await lane.to_do.wait()
                 lane.to_do = None
                 continue
-            asked: Connection | None = None
             try:
                 if not lane.rounds:
                     if lane.connection is None or lane.connection.lost is not None:
@@ -327,13 +326,11 @@ class Committer:
                     self._submit(lane, lane.connection)
                     if not lane.rounds:
                         continue
-                asked = lane.connection
-                assert asked is not None
-                await asked.wait(lane.rounds[0].reply)
+                assert lane.connection is not None
+                await lane.connection.wait(lane.rounds[0].reply)
                 while lane.rounds and lane.rounds[0].reply.done:  # and whatever else has come with it
                     one = lane.rounds[0]
                     if one.reply.redirected:
-                        asked = None  # what refuses now is another server
                         over = await self._client.topology.follow(one.buffers, one.reply)
                         one.reply.redirected = False
                         if one.over:
@@ -359,11 +356,9 @@ class Committer:
                 self._counters.repeated += sum(len(one.commits) for one in lane.rounds)
                 try:
                     self._start_again(lane)
-                    pause = lane.retry.after(error, asked)
-                except UsageError as closed:
-                    self._fail(closed)
-                except AionpredisError:
-                    self._fail(error)
+                    pause = lane.retry.after(error, lane.connection)
+                except AionpredisError as final:
+                    self._fail(final)
                 else:
                     await anyio.sleep(pause)
             except (ServerError, UsageError) as error:  # UsageError: the client was closed

@@ -151,6 +151,8 @@ class Cluster:
             (value,) = again.values
             if not isinstance(value, Redirected):
                 over.add(connection)
+                if isinstance(value, ServerUnavailable):
+                    value.redirected = True
                 return value
             error = value
         return ServerUnavailable(f"TRYAGAIN redirected {MAX_REDIRECTIONS} times, at last by: {error.args[0]}")
