@@ -31,6 +31,7 @@ from aionpredis.errors import (
 )
 from aionpredis.formats import npy
 from aionpredis.memory import aligned_empty
+from aionpredis.names import is_count
 from aionpredis.pipeline import Pipeline
 from aionpredis.requests import (
     IN_THREAD,
@@ -100,7 +101,7 @@ class Client:
         read_replicas: bool,
         options: Mapping[str, Any],
     ) -> None:
-        if isinstance(max_value_bytes, bool) or not isinstance(max_value_bytes, int) or max_value_bytes < 1:
+        if not is_count(max_value_bytes):
             raise UsageError(f"max_value_bytes is a positive number of bytes, not {max_value_bytes!r}")
         timeout, connect_timeout = seconds("timeout", timeout), seconds("connect_timeout", connect_timeout)
         self.codec = codecs.resolve(codec)

@@ -11,6 +11,7 @@ import anyio.lowlevel
 from anyio.abc import TaskGroup
 
 from aionpredis.errors import UsageError
+from aionpredis.names import is_count
 
 __all__ = ["Loader"]
 
@@ -37,7 +38,7 @@ class Loader(Generic[T]):
     """
 
     def __init__(self, batches: AsyncIterator[T], *, prefetch: int = 2) -> None:
-        if isinstance(prefetch, bool) or not isinstance(prefetch, int) or prefetch < 1:
+        if not is_count(prefetch):
             raise UsageError(f"prefetch is at least 1 batch, not {prefetch!r}")
         self._batches = batches
         self._prefetch = prefetch

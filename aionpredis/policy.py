@@ -21,7 +21,7 @@ from aionpredis.codecs.lz4 import MAX_RATIO
 from aionpredis.errors import CorruptValue, EncodeError, ServerError, UsageError
 from aionpredis.formats import npy, safetensors
 from aionpredis.memory import aligned_empty
-from aionpredis.names import check_name
+from aionpredis.names import check_name, is_count
 from aionpredis.requests import IN_THREAD, copied_bytes, encode_record, nbytes, set_command, ttl_options
 
 if TYPE_CHECKING:
@@ -117,7 +117,7 @@ class Policy:
 
     def __init__(self, client: Client, name: str, *, keep: int = 4) -> None:
         self.name = check_name(name)
-        if isinstance(keep, bool) or not isinstance(keep, int) or keep < 1:
+        if not is_count(keep):
             raise UsageError(f"keep is a positive number of versions, not {keep!r}")
         self._client = client
         self._keep = keep
@@ -364,7 +364,7 @@ class PolicyWatch:
 
 def _number(version: int) -> int:
     """0 stands for none."""
-    if isinstance(version, bool) or not isinstance(version, int) or not 0 <= version <= streams.RIGHT_MAX:
+    if not (is_count(version, 0) and version <= streams.RIGHT_MAX):
         raise UsageError(f"a version is a number, 1 the first, not {version!r}")
     return version
 

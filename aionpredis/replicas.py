@@ -16,6 +16,7 @@ from aionpredis.errors import (
     ServerUnavailable,
     UsageError,
 )
+from aionpredis.names import is_count
 from aionpredis.wire import resp
 from aionpredis.wire.resp import Reply
 
@@ -52,7 +53,7 @@ class Replicas:
     """
 
     def __init__(self, client: Client, count: int) -> None:
-        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+        if not is_count(count):
             raise UsageError(f"replicas is a number, 0 for the primary alone; not {count!r}")
         self._count = count
         self._most_seconds = client.block_seconds

@@ -16,6 +16,7 @@ from aionpredis import codecs
 from aionpredis.codecs import Codec
 from aionpredis.errors import ConnectError, ServerFull, ServerUnavailable, UsageError, WriteFailed
 from aionpredis.lane import BATCH_BYTES, BATCH_ITEMS, Batch, Lane
+from aionpredis.names import is_count
 from aionpredis.replicas import Replicas
 from aionpredis.requests import (
     IN_THREAD,
@@ -74,7 +75,7 @@ class Writer:
         replicas: int = 0,
         waits_when_full: bool = True,
     ) -> None:
-        if isinstance(max_inflight, bool) or not isinstance(max_inflight, int) or max_inflight < 1:
+        if not is_count(max_inflight):
             raise UsageError(f"max_inflight is a positive number of bytes, not {max_inflight!r}")
         self._client = client
         self._counters = client.counters

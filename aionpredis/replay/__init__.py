@@ -20,7 +20,7 @@ import numpy as np
 
 from aionpredis.errors import AionpredisError, ReplayGone, RunConflict, ServerFull, UsageError
 from aionpredis.memory import Empty, aligned_empty
-from aionpredis.names import check_name
+from aionpredis.names import check_name, is_count
 from aionpredis.policy import Policy
 from aionpredis.replay import checkpoint, runs
 from aionpredis.replay.actor import Actor, ActorStats
@@ -120,7 +120,7 @@ class Replay:
     ) -> None:
         if not isinstance(schema, Schema):
             raise UsageError(f"the schema of a replay is an aionpredis.Schema, not {type(schema).__name__}")
-        if isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1:
+        if not is_count(chunk):
             raise UsageError(f"chunk is a positive number of transitions, not {chunk!r}")
         if chunk > schema.max_chunk:
             raise UsageError(
@@ -129,7 +129,7 @@ class Replay:
         if not 0.1 <= lease <= 86_400:
             raise UsageError(f"lease is 0.1 to 86400 seconds, not {lease!r}")
         for option, value in (("capacity", capacity), ("max_lag", max_lag)):
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < chunk):
+            if not (value is None or is_count(value, chunk)):
                 raise UsageError(f"{option} is a number of transitions, a chunk ({chunk}) or more, not {value!r}")
         self.schema = schema
         self.policy = Policy(client, name)
@@ -412,7 +412,7 @@ class Replay:
         _check_count("batch", batch)
         _check_count("length", length)
         _check_count("min_size", min_size)
-        if isinstance(max_times_sampled, bool) or not isinstance(max_times_sampled, int) or max_times_sampled < 0:
+        if not is_count(max_times_sampled, 0):
             raise UsageError(f"max_times_sampled is a number of samples, or 0 for no limit, not {max_times_sampled!r}")
         if not samples_per_insert > 0 or not tolerance >= 0:
             raise UsageError(
@@ -587,12 +587,12 @@ def _shard(shard: tuple[int, int]) -> tuple[int, int]:
 
 
 def _check_count(name: str, value: object, what: str = "transitions") -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+    if not is_count(value):
         raise UsageError(f"{name} is a positive number of {what}, not {value!r}")
 
 
 def _number(run: int | Run) -> int:
     number = run.run if isinstance(run, Run) else run
-    if isinstance(number, bool) or not isinstance(number, int) or not 1 <= number <= RIGHT_MAX:
+    if not (is_count(number) and number <= RIGHT_MAX):
         raise UsageError(f"a run is an aionpredis.Run or its number, not {run!r}")
     return number

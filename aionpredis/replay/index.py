@@ -117,14 +117,18 @@ class Index:
 
     def is_present(self, ids: Ids) -> NDArray[np.bool_]:
         """For each number whether that transition is present; numbers that were never given are not."""
-        inside = (ids >= self._base) & (ids < self._stop)
-        found: NDArray[np.bool_] = inside & self._present[np.where(inside, ids - self._base, 0)]
+        inside, at = self._places(ids)
+        found: NDArray[np.bool_] = inside & self._present[at]
         return found
+
+    def _places(self, ids: Ids) -> tuple[NDArray[np.bool_], Ids]:
+        """For each number whether something may be known of it, and where; if not, anywhere."""
+        inside = (ids >= self._base) & (ids < self._stop)
+        return inside, np.where(inside, ids - self._base, 0)
 
     def is_open(self, ids: Ids) -> NDArray[np.bool_]:
         """For each number whether that transition is present and not barred."""
-        inside = (ids >= self._base) & (ids < self._stop)
-        at = np.where(inside, ids - self._base, 0)
+        inside, at = self._places(ids)
         found: NDArray[np.bool_] = inside & self._present[at] & ~self._barred[at]
         return found
 

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from aionpredis.errors import RunEnded, UsageError
 from aionpredis.memory import Empty, Recycler
+from aionpredis.names import is_count
 from aionpredis.replay.fetch import Arrays, Fetcher
 from aionpredis.replay.index import Ids, Index
 from aionpredis.replay.lag import Progress
@@ -51,12 +52,7 @@ class NStep:
     reward: str = "reward"
 
     def __post_init__(self) -> None:
-        if (
-            isinstance(self.steps, bool)
-            or not isinstance(self.steps, int)
-            or self.steps < 1
-            or not 0 <= self.discount <= 1
-        ):
+        if not (is_count(self.steps) and 0 <= self.discount <= 1):
             raise UsageError(f"n-step learning takes 1 step or more and a discount of 0 to 1, not {self}")
         if isinstance(self.columns, str):
             raise UsageError(f"columns= of n-step learning are names, not {self.columns!r}")

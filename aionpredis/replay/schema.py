@@ -14,6 +14,7 @@ from numpy.typing import DTypeLike
 
 from aionpredis.errors import UsageError
 from aionpredis.formats import safetensors
+from aionpredis.names import is_count
 
 __all__ = ["Schema"]
 
@@ -50,7 +51,7 @@ class Schema(Mapping[str, "tuple[np.dtype[Any], tuple[int, ...]]"]):
             shape: Any = ()
             if isinstance(column, tuple) and len(column) == 2 and isinstance(column[1], tuple | list):
                 dtype, shape = column
-            if not all(isinstance(size, int) and size >= 0 and not isinstance(size, bool) for size in shape):
+            if not all(is_count(size, 0) for size in shape):
                 raise UsageError(f"column {name!r}: a shape is a tuple of sizes, not {shape!r}")
             if dtype is None:
                 raise UsageError(f"column {name!r} has no dtype")  # NumPy would take float64

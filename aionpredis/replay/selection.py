@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from aionpredis.errors import UsageError
+from aionpredis.names import is_count
 from aionpredis.replay.index import Ids, Index
 from aionpredis.replay.sumtree import SumTree
 
@@ -70,7 +71,7 @@ class Newest(_Stateless):
     """Uniformly among the ``count`` newest transitions."""
 
     def __init__(self, count: int) -> None:
-        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+        if not is_count(count):
             raise UsageError(f"Newest() draws among at least 1 transition, not {count!r}")
         self._count = count
 

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from aionpredis.errors import UsageError
+from aionpredis.names import is_count
 
 __all__ = ["SumTree"]
 
@@ -92,7 +93,7 @@ class SumTree:
         Raises:
             UsageError: ``count`` is not positive, or the total is 0 or infinite: there is nothing to draw from.
         """
-        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+        if not is_count(count):
             raise UsageError(f"count is a positive number of slots, not {count!r}")
         if not 0 < self.total < math.inf:
             raise UsageError(f"nothing can be drawn while the sum of all values is {self.total}")
